@@ -121,6 +121,11 @@ FLAGS: list[Case] = [
         ("--push", "me/mine", "--push"),
     )],
     (("export", "MODEL"), "--output"),
+    ((*EXPORT, "--format", "mlx", "--quantization", "q4_k_m"), "--quantization can only be given for GGUF files"),
+    ((*EXPORT, "--format", "mlx", "--no-imatrix", "--check-tokens", "9"), "--imatrix and --check-tokens can only be"),
+    ((*EXPORT, "--private"), "--private is only of an upload"),
+    (("export", "MODEL", "--push", "me/mine", "--format", "gguf", "--quantization", "q8_0"),
+     "unchanged, without --format and --quantization"),
     *[((*GENERATE, flag, value), offender) for flag, value, offender in (
         ("--prompt", " ", "--prompt is empty"), ("--dense", "MODEL", "--dense"), ("--max-new-tokens", "0", "0"),
         ("--temperature", "-1", "-1"), ("--temperature", "nan", "nan"), ("--device", "tpu", "tpu"),

@@ -145,6 +145,10 @@ def test_a_baseline_does_not_restore_unless_told_to() -> None:
         ("model: m\nout: o\nprune: {target_speedup: 0.5}\n", ["prune.target_speedup 0.5"]),
         ("model: m\nout: o\nprune: {pruning_ratios: [0.2]}\nrecover: {distillation: 2}\n", ["recover.distillation 2"]),
         ("model: m\nout: o\nexport: {a: {quantization: q9}}\n", ["export.a.quantization"]),
+        (
+            "model: m\nout: o\nprune: {pruning_ratio: 0.2}\nexport: {a: {format: mlx, quantization: q4_k_m}}\n",
+            ["export.a: --quantization can only be given for GGUF files, not for mlx"],
+        ),
         ("model: m\nout: o\n", ["has no step"]),
         ("model: m\nout: o\nreport: {}\nexport: {a: {}}\n", ["not pruned"]),
         ("model: m\nmodel: n\nout: o\n", ["line 2", "'model' is given twice"]),

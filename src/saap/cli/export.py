@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
+
+from pydantic import model_validator
 
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
@@ -23,6 +25,12 @@ class ExportTarget(Settings):
     )
     private: Annotated[bool, result_flag("With --push: create a private repository.")] = False
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.private and self.push is None:
+            raise ValueError("--private is only of an upload", "Add --push OWNER/NAME, or leave it out")
+        return self
+
 
 def export(
     model: Annotated[str, Argument("Folder written by saap, or any model that `saap prune` accepts.")],
@@ -35,6 +43,11 @@ def export(
     from saap.cli.show.output import make_reporter, show
     from saap.pipeline.export.run import export_model, opening_lines, push
 
+    if target.push is not None and (given := request.given_flags()):
+        raise ConfigurationError(
+            f"--push uploads the folder MODEL unchanged, without {' and '.join(given)}",
+            "Write with -o first, then --push the folder",
+        )
     with make_reporter(display) as reporter:
         if target.push is not None and target.out is None:
             address = push(model, target.push, private=target.private, reporter=reporter)

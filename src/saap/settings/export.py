@@ -1,5 +1,6 @@
 """Settings of `saap export`."""
 
+from collections.abc import Collection
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, Self
@@ -7,10 +8,11 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, model_validator
 
 from saap.settings.registry import ExportFormat, RuntimeName
-from saap.settings.setting import AtLeast1, Flag, Settings
+from saap.settings.setting import AtLeast1, Flag, Settings, settings_of
 
 format_flag = partial(Flag, panel="Format")
 GGUF_TYPE = "Of the weights in llama.cpp."
+_OF_GGUF = ("quantization", "imatrix", "check_tokens")
 GGUF_BLOCK = 256
 """Weights of a row that share scales in the types that llama.cpp's own quantiser makes."""
 
@@ -71,9 +73,19 @@ class ExportRequest(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.format is not ExportFormat.GGUF and (given := self.given_flags(_OF_GGUF)):
+            raise ValueError(
+                f"{' and '.join(given)} can only be given for GGUF files, not for {self.format}",
+                "Use --format gguf, or leave it out" if len(given) == 1 else "Use --format gguf, or leave them out",
+            )
         if self.imatrix and "imatrix" in self.model_fields_set and not self.quantization.made_by_llama_cpp:
             kinds = ", ".join(kind for kind in GgufType if kind.made_by_llama_cpp)
             raise ValueError(
                 f"--imatrix changes nothing of {self.quantization}", f"Use one of {kinds}, or leave it out"
             )
         return self
+
+    def given_flags(self, fields: Collection[str] = ()) -> list[str]:
+        """The flags of the settings that were given, all or those of some fields."""
+        given = self.model_fields_set
+        return [one.flag for one in settings_of(type(self), tuple(fields)) if one.field in given]
