@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import saap
 from saap.cli import app as cli
-from saap.core.errors import ExportError, ModelError, OutputError, SaapError
+from saap.core.errors import ConfigurationError, ExportError, ModelError, OutputError, SaapError
 from saap.data.texts import evaluation_text
 from saap.export.gguf import plan, write
 from saap.export.gguf.architectures import ARCHITECTURES, PerLayer
@@ -376,6 +376,18 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
     assert out.read_text() == "mine"
     export_gguf(folder, out, overwrite=True, verify=False)
     assert out.read_bytes()[:4] == b"GGUF"
+    (tmp_path / "other.Modelfile").write_text("mine")
+    with pytest.raises(OutputError, match=r"other\.Modelfile exists"):
+        export_gguf(folder, tmp_path / "other.gguf", verify=False)
+    assert (tmp_path / "other.Modelfile").read_text() == "mine"
+    assert not (tmp_path / "other.gguf").exists()
+    with pytest.raises(OutputError, match="would replace the model"):
+        export_gguf(out, out, overwrite=True, verify=False)
+
+
+def test_an_unknown_type_is_a_setting_of_the_export(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"--quantization 'q5' is unknown\. .*q5_k_m"):
+        export_gguf(tmp_path / "model", tmp_path / "out.gguf", quantization="q5")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

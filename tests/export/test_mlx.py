@@ -25,7 +25,7 @@ from tests.export.test_older_transformers import uniform_folder
 from tests.pipeline import tiny
 
 import saap
-from saap.core.errors import ExportError
+from saap.core.errors import ExportError, OutputError
 from saap.export import mlx
 from saap.export.mlx import affine_codes, check_in_mlx, check_structure, mlx_fields
 from saap.models.checkpoint.groupwise import GroupwiseWeight, pack, read_packed
@@ -145,6 +145,16 @@ def test_a_rejected_folder_is_not_written(tmp_path: Path, capsys: pytest.Capture
     assert code == 2
     assert "MLX has no groups of 16 weights. Run `saap recover` with --group-size 32 or 64 or 128." in said
     assert not (tmp_path / "mlx").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_the_model_itself_is_not_replaced(tmp_path: Path, inside: str) -> None:
+    folder = family_folder(tmp_path / "outer" / inside, "llama")
+    (tmp_path / "outer" / "config.json").touch()
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(OutputError, match="would replace the model"):
+        export_model(folder, tmp_path / "outer", REQUEST, overwrite=True)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_fields_of_a_stock_folder_stay() -> None:

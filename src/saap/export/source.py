@@ -9,12 +9,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from transformers import AutoConfig
 
-from saap.core.errors import ModelError
 from saap.core.manifest import RunManifest, read_manifest
 from saap.models.checkpoint.safetensor_files import Shape, StoredTensors, weight_files
-from saap.models.loading.pretrained import load_model, load_tokenizer, quiet_transformers, register_pruned_models
+from saap.models.loading.pretrained import load_config, load_model, load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model
 
 
@@ -75,12 +73,7 @@ def open_source(source: str | Path, revision: str | None = None) -> ExportSource
         config, tensors = loaded.config, StoredTensors.of_model(loaded)
     else:
         tensors = StoredTensors.in_files(weight_files(resolved.folder))
-        register_pruned_models()
-        try:
-            with quiet_transformers():
-                config = AutoConfig.from_pretrained(resolved.folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{resolved.folder} has no usable config.json ({error})", "Check the file") from error
+        config = load_config(resolved)
     return ExportSource(
         config=config, tensors=tensors, resolved=resolved, tokenizer=load_tokenizer(resolved), manifest=manifest,
         loaded=loaded,

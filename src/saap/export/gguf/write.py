@@ -41,7 +41,8 @@ def write(
     the integers of a folder written by `saap recover` (4 bits, groups of 32) are copied exactly. Raises ExportError
     with the layers if llama.cpp cannot compute the same, OutputError.
     """
-    kind = request.quantization
+    kind, ollama = request.quantization, out.with_name(f"{out.stem}.Modelfile")
+    check_file(ollama, 0, overwrite=overwrite)
     packed = PackedMatrices(source.resolved.folder) if kind is GgufType.Q4_1 else None
     plan = GgufPlan(source.config, source.tensors.shapes, kind, packed.names if packed is not None else ())
     said: dict[str, Any] = dict(plan.fields)
@@ -70,7 +71,6 @@ def write(
             found["agreement"] = checked[-1]
             if kind.made_by_llama_cpp:
                 found["perplexity_over_f16"] = checked[-1].perplexity_ratio / checked[0].perplexity_ratio
-    ollama = out.with_name(f"{out.stem}.Modelfile")
     write_whole(ollama, modelfile(out, source.tokenizer, context=said["context_length"]).encode())
     done = GgufExport(
         path=out, modelfile=ollama, bytes=out.stat().st_size, architecture=plan.architecture, quantization=kind.value,

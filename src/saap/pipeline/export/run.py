@@ -43,12 +43,20 @@ def export_model(
     progress, target = reporter or Silent(), Path(out)
     check_packages(request)
     write: Any = request.format.load()
+    _check_source_stays(Path(source), target)
     check = check_file if request.format.suffix else check_output
     check(target, 0, overwrite=overwrite)
     progress.stage("read the model")
     return cast(
         "Exported", write(open_source(source, revision), target, request, overwrite=overwrite, progress=progress)
     )
+
+
+def _check_source_stays(source: Path, target: Path) -> None:
+    """Raise OutputError for an output that would replace the model that is read."""
+    source = source.expanduser()
+    if source.exists() and source.resolve().is_relative_to(target.resolve()):
+        raise OutputError(f"The output {target} would replace the model {source}", "Choose another --out")
 
 
 def export_gguf(
@@ -69,8 +77,8 @@ def export_gguf(
     logits on a text with those of transformers. With q4_1, the integers of a folder written by `saap recover` (4 bits,
     groups of 32) are copied exactly. Raises as `export_model` does.
     """
-    request = ExportRequest(format=ExportFormat.GGUF, quantization=GgufType(quantization), verify=verify)
-    request = request.model_copy(update={"imatrix": imatrix})
+    given: dict[str, Any] = {"quantization": quantization, "verify": verify}  # a type may be text, which is checked
+    request = ExportRequest(format=ExportFormat.GGUF, **given).model_copy(update={"imatrix": imatrix})
     done = export_model(source, out, request, overwrite=overwrite, revision=revision, reporter=reporter)
     return cast("GgufExport", done)
 
