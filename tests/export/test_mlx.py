@@ -168,6 +168,16 @@ def test_an_old_mlx_lm_is_named_with_the_one_that_is_needed(monkeypatch: pytest.
         check_in_mlx({}, {})
 
 
+@pytest.mark.parametrize("missing", ["all", "backend"])
+def test_an_mlx_lm_without_mlx_counts_as_not_installed(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    found = mlx.importlib.util.find_spec
+    there = {"mlx_lm": object(), "mlx": None if missing == "all" else object()}
+    monkeypatch.setattr(mlx.importlib.util, "find_spec", lambda name: there.get(name) if name in there else found(name))
+    monkeypatch.setattr(mlx, "version", lambda name: "0.31.0")
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    assert check_in_mlx({}, {}) is None
+
+
 FAMILIES = ["llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma3", "mixtral", "gpt2", "phi3"]
 
 

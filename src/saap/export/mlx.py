@@ -156,16 +156,20 @@ def check_structure(
 def check_in_mlx(fields: Mapping[str, Any], shapes: Mapping[str, Shape]) -> str | None:
     """Whether the installed mlx-lm has a place for every tensor, without computing anything.
 
-    fields: of config.json. shapes: of the tensors before quantisation. Returns the version of mlx-lm, None if it is not
-    installed. Raises ExportError if it is too old, does not know the family, or cannot express the model.
+    fields: of config.json. shapes: of the tensors before quantisation. Returns the version of mlx-lm; None if it or MLX
+    is not installed, as on Linux mlx-lm comes without MLX, and MLX without a backend. Raises ExportError if mlx-lm is
+    too old, does not know the family, or cannot express the model.
     """
-    if importlib.util.find_spec("mlx_lm") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("mlx_lm", "mlx")):
         return None
     found = version("mlx-lm")
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
         needed = ".".join(map(str, OLDEST))
         raise ExportError(f"mlx-lm {found} opens no pruned models", f"Install mlx-lm {needed} or newer")
-    import mlx.core
+    try:
+        import mlx.core
+    except ImportError:
+        return None
     from mlx.utils import tree_flatten
 
     from saap.models.checkpoint import mlx_pruned
