@@ -30,7 +30,7 @@ from saap.export import mlx
 from saap.export.mlx import affine_codes, check_in_mlx, check_structure, mlx_fields
 from saap.models.checkpoint.groupwise import GroupwiseWeight, pack, read_packed
 from saap.models.checkpoint.pruned_structure import MLX_LOADER
-from saap.pipeline.export.run import export_model
+from saap.pipeline.export.run import export_model, opening_lines
 from saap.settings.export import ExportRequest
 from saap.settings.registry import ExportFormat
 
@@ -77,7 +77,12 @@ def test_an_adaptive_folder_has_the_loader_and_the_export_no_code_of_transformer
     assert not (done.path / "modeling_pruned.py").exists()
     assert (done.path / MLX_LOADER.name).is_file()
     assert (done.path / "tokenizer.json").is_file()
-    assert "mlx_lm.generate --model PATH --trust-remote-code" in (done.path / "README.md").read_text()
+    card = (done.path / "README.md").read_text()
+    assert "mlx_lm.generate --model PATH --trust-remote-code" in card
+    assert "library_name: mlx" in card
+    assert "library_name: transformers" in (folder / "README.md").read_text()
+    line = 'mlx_lm.generate --model me/small --trust-remote-code --prompt "Once upon a time"'
+    assert opening_lines(done.path, "me/small") == (line,)
     with safe_open(done.path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "mlx"}
     before, after = load_file(folder / "model.safetensors"), load_file(done.path / "model.safetensors")
@@ -90,6 +95,13 @@ def test_a_uniform_folder_needs_no_loader(tmp_path: Path) -> None:
     assert "model_file" not in json.loads((done.path / "config.json").read_text())
     assert not (done.path / MLX_LOADER.name).exists()
     assert f'mlx_lm.generate --model {done.path} --prompt "Once upon a time"' in done.notes[-1]
+    assert opening_lines(done.path, "me/small")[0].startswith("from transformers import")
+
+
+def test_only_mlx_opens_a_uniform_folder_with_quantised_weights(tmp_path: Path) -> None:
+    done = export_model(tuned(family_folder(tmp_path / "model", "llama", **SIZES)), tmp_path / "mlx", REQUEST)
+    line = 'mlx_lm.generate --model me/small --prompt "Once upon a time"'
+    assert opening_lines(done.path, "me/small") == (line,)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

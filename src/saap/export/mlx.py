@@ -24,6 +24,7 @@ from saap.export.huggingface import (
     write_records,
     write_shards,
 )
+from saap.export.model_card import mlx_line
 from saap.export.placing import check_output, whole_folder
 from saap.export.source import Exported, ExportSource, Progress
 from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseWeight, read_packed
@@ -42,7 +43,7 @@ _REMEDY = "Use the folder with transformers"
 _LOADING = """With MLX-LM (`pip install mlx-lm`, 0.31 or newer):
 
 ```
-mlx_lm.generate --model PATH{option} --prompt "Once upon a time"
+{generate}
 mlx_lm.server --model PATH{option}
 ```"""
 
@@ -80,7 +81,9 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
     checked = check_in_mlx(fields, shapes) if request.verify else None
     entries = mlx_entries(source, packed)
     check_output(out, entry_bytes(entries), overwrite=overwrite)
-    option = " --trust-remote-code" if needs_loader else ""
+    loading = _LOADING.format(
+        generate=mlx_line("PATH", needs_loader=needs_loader), option=" --trust-remote-code" if needs_loader else ""
+    )
     with whole_folder(out) as part:
         progress.stage(f"write {out.name}")
         write_shards(entries, part, "mlx")
@@ -89,7 +92,7 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         if needs_loader:
             shutil.copyfile(MLX_LOADER, part / MLX_LOADER.name)
         if source.manifest is not None:
-            write_records(part, source.manifest, loading=_LOADING.format(option=option))
+            write_records(part, source.manifest, loading=loading)
             copy_matching(folder / "saap", part / "saap", KEPT_RECORDS)
     done = MlxExport(path=out, bytes=entry_bytes(entries), packed_matrices=len(packed), checked=checked)
     exact = f"{done.packed_matrices} matrices have exactly the integers and scales of `saap recover`"
@@ -99,7 +102,7 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         *((exact,) if packed else ()),
         unchecked if checked is None else f"mlx-lm {checked} has a place for every tensor",
         "run it with:",
-        f'  mlx_lm.generate --model {out}{option} --prompt "Once upon a time"',
+        f"  {mlx_line(out, needs_loader=needs_loader)}",
     )
     return done.model_copy(update={"notes": notes})
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCardData, metadata_load
 
 from saap.core.manifest import RunManifest
+from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.checkpoint.pruned_structure import auto_class
 
 # Pipeline tags of the hub for models with another auto class than the usual one.
@@ -35,11 +38,12 @@ def licence_of(folder: Path) -> str | None:
 
 def model_card(
     manifest: RunManifest, base_model_type: str, folder: Path, *, loading: str | None = None,
-    refused_by_vllm: str | None = None,
+    refused_by_vllm: str | None = None, library: str = "transformers",
 ) -> str:  # fmt: skip
     """Model card of `folder` as Markdown with YAML front matter.
 
-    loading: how to open the model, if not as usual. refused_by_vllm: why vLLM cannot run the folder.
+    loading: how to open the model, if not as usual. refused_by_vllm: why vLLM cannot run the folder. library: name of
+    the hub for the program that opens it.
     """
     base, opener = manifest.base, auto_class(base_model_type).__name__
     is_pruned = manifest.parameters.after < manifest.parameters.before or manifest.recovery is None
@@ -47,7 +51,7 @@ def model_card(
     named_by_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base.source) is not None and not Path(base.source).exists()
     data = ModelCardData(
         base_model=base.source if named_by_id else None,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=_TASKS.get(opener, "text-generation"),
         license=base.licence,
         tags=["saap", *(["pruned", "structured-pruning", manifest.layout.value] if is_pruned else [])],
@@ -74,6 +78,17 @@ def tokenizer_option(folder: Path, layout: str) -> str:
     if file.is_file() and "auto_map" in json.loads(file.read_text(encoding="utf-8")):
         return ", trust_remote_code=True"
     return "" if layout == "uniform" else ", trust_remote_code=False"
+
+
+def opens_only_in_mlx(config: Mapping[str, Any]) -> bool:
+    """Whether a folder with this config.json was exported for MLX-LM in a form that transformers cannot open."""
+    return "quantization" in config or (config["model_type"] == MODEL_TYPE and "auto_map" not in config)
+
+
+def mlx_line(path: Path | str, *, needs_loader: bool) -> str:
+    """The command that runs a folder in MLX-LM. needs_loader: whether the folder has code for it."""
+    option = " --trust-remote-code" if needs_loader else ""
+    return f'mlx_lm.generate --model {path}{option} --prompt "Once upon a time"'
 
 
 def load_lines(

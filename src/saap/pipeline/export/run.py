@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from saap.core.errors import ModelError, OutputError, first_line
-from saap.export.model_card import load_lines
+from saap.export.model_card import load_lines, mlx_line, opens_only_in_mlx
 from saap.export.packages import check_packages
 from saap.export.placing import check_file, check_output
 from saap.export.source import Exported, open_source
@@ -135,6 +135,8 @@ def push(folder: str | Path, repository: str, *, private: bool = False, reporter
 def opening_lines(folder: str | Path, repository: str) -> tuple[str, ...]:
     """The lines that open a checkpoint folder from a repository of the hub."""
     config = read_config(Path(folder))
+    if opens_only_in_mlx(config):
+        return (mlx_line(repository, needs_loader="model_file" in config),)
     pruned = config["model_type"] == MODEL_TYPE
     name = auto_class(config["base_model_type"] if pruned else config["model_type"]).__name__
     return load_lines(Path(repository), "adaptive" if pruned else "uniform", name, folder=Path(folder))
