@@ -21,7 +21,8 @@ HALF = tuple(range(0, 80, 2))
     ("name", "said"),
     [
         ("llama", "vllm serve PATH --model-impl transformers --trust-remote-code"),
-        ("gpt2", "vLLM cannot run this folder: the configuration of gpt2 has no field for fewer attention units"),
+        ("gpt2", "vLLM cannot run this folder: its Transformers backend does not load the weights of gpt2"),
+        ("opt", "vLLM cannot run this folder: the configuration of opt has no field for fewer attention units"),
         ("bloom", "vLLM cannot run this folder: the class of bloom in transformers has only its own attention"),
     ],
 )

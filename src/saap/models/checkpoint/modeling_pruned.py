@@ -51,6 +51,7 @@ SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 
 # Roles whose sizes vLLM reads from the configuration.
 ROLES_OF_VLLM = ("attention", "query", "hidden")
+UNLOADED_BY_VLLM = ("gpt2",)  # in its Transformers backend, and dense ones neither
 # Warns of every global value that differs in single layers.
 PER_LAYER_LOGGER = "transformers.integrations.heterogeneity.configuration_utils"
 
@@ -355,6 +356,8 @@ def vllm_refusal(stock_model: Any, config: Mapping[str, Any]) -> str | None:
     family, structure = config["base_model_type"], config["pruned_structure"]
     unstated = [role for role in structure.get("unstated_roles", ()) if role in ROLES_OF_VLLM]
     experts = [name for name, shape in structure["shapes"].items() if len(shape) == 3 and ".experts." in name]
+    if family in UNLOADED_BY_VLLM:
+        return f"its Transformers backend does not load the weights of {family}"
     exchangeable = getattr(stock_model, "_can_set_attn_implementation", bool)  # older versions only have the flag
     if not (stock_model._supports_attention_backend or exchangeable()):
         return f"the class of {family} in transformers has only its own attention"
