@@ -142,10 +142,12 @@ def _with_teacher(
     """The settings with teacher and distillation filled in, and the dense model if it is needed.
 
     The default teacher is the model that the checkpoint was pruned from, if it is on this machine: nothing is
-    downloaded. Raises ConfigurationError for requested distillation without a teacher.
+    downloaded. A model that was only tuned has none: its source knows less than it does. Raises ConfigurationError for
+    requested distillation without a teacher.
     """
     teacher = None
-    if config.teacher is not None or config.distillation != 0:
+    only_tuned = earlier is not None and earlier.parameters.before == earlier.parameters.after
+    if config.teacher is not None or (config.distillation != 0 and not only_tuned):
         try:
             teacher = resolve_dense(DenseChoice.of(config, config.teacher), earlier)
             own = None if teacher is None or tokenizer is None else tokenizer_with(teacher, tokens_of(resolved))

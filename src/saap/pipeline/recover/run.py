@@ -18,7 +18,7 @@ from saap.evaluation.perplexity import joint_perplexity, perplexities
 from saap.export.huggingface import FolderParts, write_recovered
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
-from saap.models.loading.pretrained import end_tokens, load, load_groupwise, load_model
+from saap.models.loading.pretrained import end_tokens, load, load_groupwise, load_model, model_without_weights
 from saap.models.walk.probe import check_reads, read_at_once
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare
@@ -121,7 +121,25 @@ def load_teacher(run: Recovery) -> Any | None:
             )
         keep_tokens_of(teacher, tokens_of(run.resolved))
         _check_fits(run, teacher)
+        if run.config.distillation:
+            _check_output_rows(run, teacher, run.teacher.source)
     return teacher
+
+
+def _check_output_rows(run: Recovery, teacher: Any, source: str) -> None:
+    """Raise ConfigurationError if the teacher predicts other tokens than the model, which is not loaded for this."""
+    of_teacher, of_model = (_output_rows(one) for one in (teacher, model_without_weights(run.resolved)))
+    if of_teacher != of_model:
+        raise ConfigurationError(
+            f"{run.resolved.source} has {of_model:,} output rows, but its teacher {source} {of_teacher:,}",
+            "Specify a dense model with as many rows with --dense, or use --distillation 0",
+        )
+
+
+def _output_rows(model: Any) -> int:
+    head = model.get_output_embeddings()
+    rows: int = (model.get_input_embeddings() if head is None else head).weight.shape[0]
+    return rows
 
 
 def model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter]]:
