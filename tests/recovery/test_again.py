@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.pipeline import tiny
 
 import saap
 from saap.core.errors import ConfigurationError
 from saap.core.manifest import RunManifest, read_manifest
+from saap.pipeline.shared.progress import Silent
+from saap.recovery.train import Trainer, Training
 
 QUICK: dict[str, Any] = {
     "max_seq_length": 32, "batch_size": 2, "max_steps": 2, "validate_every": 1, "validation_samples": 1, "rank": 4,
@@ -58,3 +63,44 @@ def test_a_teacher_with_other_output_rows_is_refused_before_the_training(
         saap.recover(dense, data=[text], dense=str(padded), out=tmp_path / "tuned", **QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["padded"]
     saap.recover(dense, data=[text], dense=str(padded), distillation=0, out=tmp_path / "tuned", **QUICK)
+
+
+@contextmanager
+def failing_in(step: int) -> Iterator[None]:
+    """Context in which the memory ends in this step of each training, counted from 1."""
+    whole = Trainer._step
+
+    def steps(self: Trainer, training: Training) -> tuple[float, float, int]:
+        if training.step + 1 == step:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(self, training)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "_step", steps)
+        yield
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_training_resumes_with_settings_that_take_less_memory(dense: Path, text: Path, tmp_path: Path) -> None:
+    out, notes = tmp_path / "tuned", Notes()
+    with failing_in(2), pytest.raises(torch.OutOfMemoryError):
+        saap.recover(dense, data=[text], out=out, micro_batch_size=2, gradient_checkpointing=False, **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.saap-work"]
+    result = saap.recover(dense, data=[text], out=out, reporter=notes, micro_batch_size=1, **QUICK)
+    assert [note for note in notes.notes if "resuming" in note] == ["resuming after step 1"]
+    assert [point.step for point in result.training.points] == [1, 2]
+
+
+def test_a_training_that_fails_before_its_first_state_leaves_nothing(dense: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    with failing_in(1), pytest.raises(torch.OutOfMemoryError):
+        saap.recover(dense, data=[text], out=out, **QUICK)
+    assert list(tmp_path.iterdir()) == []
+    saap.recover(dense, data=[text], out=out, **{**QUICK, "batch_size": 1})

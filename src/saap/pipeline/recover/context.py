@@ -33,6 +33,9 @@ from saap.recovery.adapter import require_peft
 from saap.recovery.routers import find_routers
 from saap.settings.recover import RecoverConfig, Tuning
 
+NOT_DECISIVE = {"max_minutes", "patience", "shard", "micro_batch", "gradient_checkpointing"}
+"""Settings that may change when a training resumes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
@@ -54,8 +57,12 @@ class Recovery:
 
     @property
     def digest(self) -> str:
-        """Digest of the settings that affect the course of the training; its limits may change."""
-        settings = self.config.model_dump(mode="json", exclude={"max_minutes", "patience", "shard"})
+        """Digest of what decides the course of the training; another one does not resume it.
+
+        max_steps and max_tokens are in it: the learning rate follows them. max_minutes and patience may change, and so
+        may what changes memory or speed, and results by rounding alone.
+        """
+        settings = self.config.model_dump(mode="json", exclude=NOT_DECISIVE)
         return digest_of([settings, self.data.digest, weights_digest(self.resolved), __version__])
 
     @property

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.core.errors import ConfigurationError, ModelError, OutputError, SaapError
+from saap.core.errors import ConfigurationError, ModelError, OutputError
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import joint_perplexity, perplexities
@@ -34,7 +34,7 @@ from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
 from saap.recovery.quantise import check_group_sizes, quantise, quantise_by_feedback
 from saap.recovery.routers import find_routers
 from saap.recovery.sharding import check_shardable, shard_layers
-from saap.recovery.train import Report, Trainer
+from saap.recovery.train import STATE, Report, Trainer
 from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig, Tuning
 
@@ -50,22 +50,15 @@ def run_recover(
     """Tune a model and write it. Invalid inputs are rejected before the training. Raises SaapError."""
     run = prepare(str(source), config, options, reporter or Silent())
     work = WorkFolder(work_path(options))
-    resumed = run.processes.broadcast_result(lambda: work.open(run.digest))
-    if resumed:
-        run.meter.reporter.note(f"resuming the training in {work.path}")
-    with work.alone(run.processes), quick_float32_products():
+    run.processes.broadcast_result(lambda: work.open(run.digest))
+    with work.alone(run.processes), _kept_with_a_state(run, work), quick_float32_products():
         dense, before = run.recorded()
-        try:
-            teacher = load_teacher(run)
-            if before is None and teacher is not None:
-                with run.meter.stage(stages.MEASURE_TEACHER):
-                    dense = _measure(run, teacher)
-            teacher = teacher if run.config.distillation else None
-            model, handle, parameters = model_to_train(run)
-        except SaapError:
-            if run.processes.first:
-                work.close(keep=resumed)  # a rejected run leaves no files
-            raise
+        teacher = load_teacher(run)
+        if before is None and teacher is not None:
+            with run.meter.stage(stages.MEASURE_TEACHER):
+                dense = _measure(run, teacher)
+        teacher = teacher if run.config.distillation else None
+        model, handle, parameters = model_to_train(run)
         if before is None:
             with run.meter.stage(stages.MEASURE_BEFORE):
                 before = _measure(run, load_model(run.resolved, device=run.device))
@@ -92,6 +85,17 @@ def run_recover(
     if run.processes.first:
         work.close(keep=options.keep_work)
     return RecoverResult(model=model, report=report, training=training, path=options.out)
+
+
+@contextmanager
+def _kept_with_a_state(run: Recovery, work: WorkFolder) -> Iterator[None]:
+    """Delete the work folder if the run fails before its first state: its settings would only reject other ones."""
+    try:
+        yield
+    except BaseException:
+        if run.processes.first and not work.file(STATE).is_file():
+            work.close(keep=False)
+        raise
 
 
 def _measure(run: Recovery, model: nn.Module) -> Behaviour:
