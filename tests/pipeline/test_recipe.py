@@ -14,7 +14,7 @@ from tests import families
 from tests.pipeline import tiny
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from saap.core.errors import ConfigurationError, OutputError, SaapError
+from saap.core.errors import ConfigurationError, GroupSizeError, OutputError, SaapError
 from saap.core.records import ModelGraph
 from saap.pipeline.recipe import run as recipe_run
 from saap.pipeline.recipe.run import Step, preview_recipe, recipe_steps, run_recipe
@@ -120,6 +120,17 @@ def test_a_baseline_does_not_restore_unless_told_to() -> None:
     plain = recipe_from({**base, "prune": {"pruning_ratios": [0.2], "method": "flap"}}, "r").prune
     told = recipe_from({**base, "prune": {"pruning_ratios": [0.2], "method": "flap", "restore": True}}, "r").prune
     assert (plain is not None and plain.restore, told is not None and told.restore) == (False, True)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "router"])
+def test_only_quantised_weights_have_groups(tmp_path: Path, tuning: str) -> None:
+    base = {"model": str(tiny.folder(tmp_path / "odd", intermediate_size=88)), "out": str(tmp_path / "out")}
+    pruning = {"pruning_ratio": [0.2], "align": 8}
+    assert recipe_from({**base, "prune": pruning, "recover": {"tuning": tuning}}, "r").recover is not None
+    (step,) = preview_recipe(recipe_from({**base, "recover": {"tuning": tuning}}, "r"))["steps"]
+    assert step["name"] == "recover"
+    with pytest.raises(GroupSizeError, match="32 does not divide"):
+        preview_recipe(recipe_from({**base, "recover": {}}, "r"))
 
 
 @pytest.mark.parametrize(

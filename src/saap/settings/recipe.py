@@ -199,4 +199,4 @@ def _check_together(recipe: Recipe, where: str) -> None:
         if request.names_nothing:
             raise ConfigurationError(f"{where}, eval.{name} measures nothing", "Give texts, tasks, prompts or speed")
     if recipe.prune is not None and recipe.recover is not None:
-        check_alignment(recipe.prune.align, recipe.recover.group_size, "prune.align")
+        check_alignment(recipe.prune.align, recipe.recover, "prune.align")

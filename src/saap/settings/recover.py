@@ -141,10 +141,13 @@ class RecoverConfig(Settings):
         return DEFAULT_MINUTES if no_limit else self.max_minutes
 
 
-def check_alignment(align: int, group_size: int, name: str = "--align") -> None:
-    """Check that weight groups divide the kept sizes. name: of the alignment. Raises ConfigurationError."""
-    if align % group_size:
+def check_alignment(align: int, config: RecoverConfig, name: str = "--align") -> None:
+    """Check that the weight groups of a recovery, if it has any, divide the kept sizes.
+
+    name: of the alignment. Raises ConfigurationError.
+    """
+    if config.tuning is Tuning.GROUPWISE and align % config.group_size:
         raise ConfigurationError(
-            f"{name} {align} leads to sizes that groups of {group_size} do not divide",
-            f"Use {name} {group_size} or a multiple of it",
+            f"{name} {align} leads to sizes that groups of {config.group_size} do not divide",
+            f"Use {name} {config.group_size} or a multiple of it",
         )

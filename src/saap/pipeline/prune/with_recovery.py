@@ -45,7 +45,7 @@ def prune_and_recover(
             "--max-memory does not hold for the tuning of --recover",
             "Leave out one of them, and use `saap recover` later",
         )
-    check_alignment(pruning.align, recovery.group_size)
+    check_alignment(pruning.align, recovery)
     processes = Processes.found()
     targets = plan_targets(pruning, options)
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)

@@ -45,6 +45,7 @@ from saap.settings.evaluate import EvalRequest
 from saap.settings.export import ExportRequest
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe
+from saap.settings.recover import Tuning
 from saap.structure_search.plan import check_reachable
 
 STATE = "recipe.json"
@@ -276,8 +277,9 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
     load_tokenizer(resolved)
     model = model_without_weights(resolved)
-    if recipe.recover is not None and recipe.prune is None:
-        check_group_sizes(linears_inside(model, find_blocks(model)), recipe.recover.group_size)
+    tuning = recipe.recover if recipe.prune is None else None
+    if tuning is not None and tuning.tuning is Tuning.GROUPWISE:
+        check_group_sizes(linears_inside(model, find_blocks(model)), tuning.group_size)
     steps = [] if recipe.prune is None else _pruned(recipe, for_method(recipe.prune), model, dtype)
     for step in recipe_steps(recipe, digests=False):
         if step.name != "prune":
