@@ -49,6 +49,23 @@ def test_the_card_says_the_manifest_as_plain_text(tmp_path: Path) -> None:
     assert "[a](" not in card
 
 
+@pytest.mark.parametrize(
+    ("tuning", "said"),
+    [
+        ("lora", "with plain LoRA on full-precision weights."),
+        ("full", "with all weights of the blocks trained in full precision."),
+        ("router", "with only the routers of the experts trained, in full precision."),
+        ("another", "with weights in full precision."),
+    ],
+)
+def test_the_card_says_which_weights_were_tuned(tmp_path: Path, tuning: str, said: str) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: HALF}, attention={})
+    manifest = json.loads((folder / "saap" / "manifest.json").read_text())
+    manifest["recovery"] = {**recovery_record(), "settings": {"tuning": tuning, "bits": 4}}
+    write_records(folder, RunManifest.model_validate(manifest))
+    assert f"Tuned on 20 tokens of text.txt {said}" in (folder / "README.md").read_text()
+
+
 def test_the_former_format_for_vllm_names_what_replaces_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = run(capsys, "export", tmp_path, "--format", "decilm", "-o", tmp_path / "out")
     assert code == 2

@@ -18,6 +18,12 @@ from saap.models.checkpoint.pruned_structure import auto_class
 
 # Pipeline tags of the hub for models with another auto class than the usual one.
 _TASKS = {"AutoModelForImageTextToText": "image-text-to-text"}
+# Ways of tuning without quantised weights, after "Tuned on ... with".
+_TUNINGS = {
+    "lora": "plain LoRA on full-precision weights",
+    "full": "all weights of the blocks trained in full precision",
+    "router": "only the routers of the experts trained, in full precision",
+}
 _SPECIAL = re.compile(r"([\\`*_\[\]|~])")
 
 
@@ -65,6 +71,7 @@ def model_card(
         base_model_type=base_model_type, auto_class=opener, loading=loading, refused_by_vllm=refused_by_vllm,
         pruned=is_pruned, tokenizer_option=tokenizer_option(folder, str(manifest.layout)),
         data=", ".join(Path(text).name for text in manifest.recovery.data) if manifest.recovery else "",
+        ways_of_tuning=_TUNINGS,
     )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ class RecoverReport(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoverResult:
-    """A tuned model; its linear layers are packed unless plain LoRA was requested. path: its folder, if written."""
+    """A tuned model; after a groupwise tuning its linear layers are packed. path: its folder, if written."""
 
     model: nn.Module
     report: RecoverReport
