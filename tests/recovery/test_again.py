@@ -13,7 +13,8 @@ from tests.pipeline import tiny
 
 import saap
 from saap.core.errors import ConfigurationError
-from saap.core.manifest import RunManifest, read_manifest
+from saap.core.manifest import Opening, RunManifest, read_manifest
+from saap.export.huggingface import write_records
 from saap.pipeline.shared.progress import Silent
 from saap.recovery.train import Trainer, Training
 
@@ -63,6 +64,21 @@ def test_a_teacher_with_other_output_rows_is_refused_before_the_training(
         saap.recover(dense, data=[text], dense=str(padded), out=tmp_path / "tuned", **QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["padded"]
     saap.recover(dense, data=[text], dense=str(padded), distillation=0, out=tmp_path / "tuned", **QUICK)
+
+
+def test_a_manifest_says_nothing_of_the_files_that_were_tuned(dense: Path, text: Path, tmp_path: Path) -> None:
+    full = {**QUICK, "data": [text], "tuning": "full"}
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    saap.recover(dense, out=once, **full)
+    before = manifest_of(once)
+    opening = Opening(consumer="transformers", version="5.0", code="opened()")
+    write_records(once, before.model_copy(update={"opened": (opening,)}))
+    saap.recover(once, out=twice, dtype="bfloat16", **full)
+    after = manifest_of(twice)
+    assert "opened" not in (twice / "README.md").read_text()
+    assert after.opened == ()
+    assert (before.dtype, after.dtype) == ("float32", "bfloat16")
+    assert after.bytes.before == after.bytes.after == 2 * after.parameters.after == before.bytes.after / 2
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def recovery_report(
 def recovery_manifest(
     run: Recovery, model: Any, training: Training, report: RecoverReport, measured: Mapping[str, Behaviour]
 ) -> RunManifest:
-    """The manifest of the input model, with the record of this recovery."""
+    """The manifest of the input model, with the record of this recovery and without what held for its files alone."""
     record = RecoveryRecord(
         command=typed_command(), settings=run.config.model_dump(mode="json"), data=run.data.sources,
         data_digest=run.data.digest, examples=len(run.data.train), held_examples=len(run.data.held_out),
@@ -154,7 +154,12 @@ def recovery_manifest(
         prompt=report.prompt, dense=report.answer_dense or "", pruned=report.answer_before, recovered=report.answer
     )
     earlier = run.earlier if run.earlier is not None else _plain_manifest(run, report)
-    return earlier.model_copy(update={"recovery": record, "answers": answers, "dtype": report.dtype})
+    size = earlier.bytes
+    if earlier.dtype != report.dtype:
+        counts = earlier.parameters
+        size = Change(before=counts.before * run.dtype.itemsize, after=counts.after * run.dtype.itemsize)
+    own = {"recovery": record, "answers": answers, "dtype": report.dtype, "bytes": size, "opened": ()}
+    return earlier.model_copy(update=own)
 
 
 def _plain_manifest(run: Recovery, report: RecoverReport) -> RunManifest:
