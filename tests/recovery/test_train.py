@@ -268,6 +268,14 @@ def test_schedule() -> None:
     assert share_done(RecoverConfig(max_minutes=1), 5, 800, 120) == 1
 
 
+@pytest.mark.parametrize("limit", [{"max_steps": 1}, {"max_steps": None, "max_tokens": 1}])
+def test_a_single_step_learns(tmp_path: Path, limit: dict[str, Any]) -> None:
+    _, done = train(tmp_path, **limit)
+    assert done.points[0].rate == pytest.approx(learning_rate(SETTINGS["learning_rate"], 0.5, 0.05), rel=0.01)
+    assert done.best_step == 1
+    assert done.validation < done.validation_before
+
+
 def test_every_pass_takes_every_example_once() -> None:
     made = data(14)
     taken = [index for step in range(6) for index in made.step_indices(step, 4)]

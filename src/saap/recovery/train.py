@@ -206,8 +206,10 @@ class Trainer:
         norm = clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=False)
         self._require_finite(training, losses, float(norm))
         seconds = training.seconds * (1 + 1 / training.step) if training.step else 0.0
-        share = share_done(self.config, training.step + 1, training.tokens + tokens, seconds)
-        rate = learning_rate(self.config.peak_rate, share, self.config.warm_up)
+        before = share_done(self.config, training.step, training.tokens, training.seconds)
+        after = share_done(self.config, training.step + 1, training.tokens + tokens, seconds)
+        # in the middle of the step: at the end of the last one the rate is 0
+        rate = learning_rate(self.config.peak_rate, (before + after) / 2, self.config.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
