@@ -12,9 +12,10 @@ import torch
 from tests.pipeline import tiny
 
 import saap
-from saap.core.errors import ConfigurationError
+from saap.core.errors import ConfigurationError, OutputError
 from saap.core.manifest import Opening, RunManifest, read_manifest
 from saap.export.huggingface import write_records
+from saap.pipeline.recover import run as recovery_run
 from saap.pipeline.shared.progress import Silent
 from saap.recovery.train import Trainer, Training
 
@@ -120,3 +121,37 @@ def test_a_training_that_fails_before_its_first_state_leaves_nothing(dense: Path
         saap.recover(dense, data=[text], out=out, **QUICK)
     assert list(tmp_path.iterdir()) == []
     saap.recover(dense, data=[text], out=out, **{**QUICK, "batch_size": 1})
+
+
+def test_a_disk_without_space_for_the_state_is_refused_before_the_training(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = {**QUICK, "data": [text], "tuning": "full", "work_dir": tmp_path / "work"}
+    needed: list[int] = []
+    check = recovery_run.check_place
+
+    def little_space(out: Path, needed_bytes: int, flag: str) -> None:
+        needed.append(needed_bytes)
+        check(out, needed_bytes + 2**60, flag)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery_run, "check_place", little_space)
+        patched.setattr(Trainer, "run", None)
+        with pytest.raises(OutputError, match=r"state\.safetensors needs .* free.*--work-dir"):
+            saap.recover(dense, **full)
+    assert list(tmp_path.iterdir()) == []
+    inside = sum(value.numel() for name, value in saap.load(dense).named_parameters() if ".layers." in name)
+    assert needed == [pytest.approx(28 * inside, rel=0.01)]
+
+
+def test_a_folder_that_differs_from_memory_is_replaced_by_one_in_float32(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = {**QUICK, "data": [text], "tuning": "full", "out": tmp_path / "tuned"}
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery_run, "TOLERANCE", 0.0)
+        with pytest.raises(OutputError, match="--dtype float32 and --overwrite"):
+            saap.recover(dense, dtype="bfloat16", **full)
+    notes = Notes()
+    saap.recover(dense, dtype="float32", overwrite=True, reporter=notes, **full)
+    assert "resuming after step 2" in notes.notes

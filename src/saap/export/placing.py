@@ -16,16 +16,19 @@ from saap.core.files import part_of
 _SPARE_BYTES = 64 * 1024**2
 
 
-def check_place(out: Path, needed_bytes: int) -> None:
-    """Raise OutputError early if nothing could be written at `out` later. needed_bytes: of the weights."""
+def check_place(out: Path, needed_bytes: int, flag: str = "--out") -> None:
+    """Raise OutputError early if nothing could be written at `out` later.
+
+    needed_bytes: of the weights. flag: that specifies the place.
+    """
     parent = next(path for path in out.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} cannot be written", "Choose another --out")
+        raise OutputError(f"{parent} cannot be written", f"Choose another {flag}")
     needed, free = needed_bytes + _SPARE_BYTES, shutil.disk_usage(parent).free
     if needed > free:
         raise OutputError(
             f"{out} needs {needed / 1e6:,.0f} MB, but {parent} has {free / 1e6:,.0f} MB free",
-            "Free some space, or choose another --out",
+            f"Free some space, or choose another {flag}",
         )
 
 

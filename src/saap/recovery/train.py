@@ -143,6 +143,13 @@ class Trainer:
         training.stopped_by, training.seconds = stopped_by, round(training.seconds, 3)
         return training
 
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that the folder still takes at most: of the best parameters, the state, and its replacement."""
+        state, best = (sum(one.nbytes for one in each.values()) for each in (self.state, self.parameters))
+        files = (self.folder / name for name in (STATE, BEST))
+        return max(0, 2 * state + best - sum(file.stat().st_size for file in files if file.is_file()))
+
     def seconds_of_token(self) -> float:
         """Measured in two steps after a first one; the parameters change."""
         self._step(Training())

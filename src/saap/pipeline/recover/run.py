@@ -16,6 +16,7 @@ from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import joint_perplexity, perplexities
 from saap.export.huggingface import FolderParts, write_recovered
+from saap.export.placing import check_place
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.pretrained import end_tokens, load, load_groupwise, load_model, model_without_weights
@@ -68,6 +69,8 @@ def run_recover(
                 quantised = _measure(run, model)
         trainer = trainer_of(run, model, teacher, parameters, work.path)
         del teacher
+        space = partial(check_place, work.file(STATE), trainer.missing_bytes, "--work-dir")
+        run.processes.broadcast_result(space)
         with run.meter.stage(stages.TRAIN), training_products(run):
             training = trainer.run()
         del trainer
@@ -250,7 +253,7 @@ def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, G
     difference = float((expected - found).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         offender = f"The model written to {out} differs from the one in memory"
-        raise OutputError(f"{offender} (logits differ by {difference:.1e})", "Use --dtype float32")
+        raise OutputError(f"{offender} (logits differ by {difference:.1e})", "Use --dtype float32 and --overwrite")
 
 
 @torch.no_grad()
