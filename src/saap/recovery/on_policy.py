@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from saap.core.records import IntArray
@@ -42,7 +43,9 @@ def continued(
     if not places:
         return found
     device = next(model.parameters()).device
-    ids, mask = _padded_before([beginnings[place] for place in places], device)
+    prompts = [torch.from_numpy(beginnings[place]) for place in places]
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids, mask = padded(prompts).to(device), padded([torch.ones_like(prompt) for prompt in prompts]).to(device)
     most = min(WRITTEN, length - ids.shape[1])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _plain_sampling(model):
         torch.manual_seed(seed)
@@ -64,17 +67,6 @@ def _plain_sampling(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = usual
-
-
-def _padded_before(beginnings: Sequence[IntArray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(sequences, longest) ids and their attention mask; shorter ones are padded at the start."""
-    longest = max(map(len, beginnings))
-    ids = torch.zeros(len(beginnings), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, beginning in enumerate(beginnings):
-        ids[row, longest - len(beginning) :] = torch.from_numpy(beginning)
-        mask[row, longest - len(beginning) :] = 1
-    return ids.to(device), mask.to(device)
 
 
 def _joined(beginning: IntArray, written: IntArray, ends: Collection[int]) -> Example:

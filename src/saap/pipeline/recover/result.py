@@ -44,8 +44,9 @@ class RecoverReport(BaseModel):
     """Figures of a recovery.
 
     perplexity_before: of the input model; perplexity_quantised: before training, None if nothing was quantised;
-    perplexity_dense, answer_dense: of the model that it was pruned from, if known. gap_closed: see `share_closed`.
-    bytes: of the plain weights in `dtype`; packed_bytes: of integers, scales and zero points.
+    perplexity_dense, answer_dense: of the model that it was pruned from, if known. gap_closed: share of the gap in
+    log-perplexity, negative if it grew; None without a gap. bytes: of the plain weights in `dtype`; packed_bytes: of
+    integers, scales and zero points.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -96,11 +97,6 @@ class RecoverResult:
     path: Path | None
 
 
-def share_closed(dense: float, before: float, after: float) -> float | None:
-    """Share of the gap in log-perplexity to the dense model that is closed, negative if it grew; None without a gap."""
-    return gap_closed(math.log(dense), math.log(before), math.log(after))
-
-
 def not_quantised(model: nn.Module) -> tuple[str, ...]:
     """Names of matrices in the decoder blocks that are not in linear layers, and so are not tuned."""
     inside = tuple(f"{block}." for block in find_blocks(model))
@@ -119,7 +115,9 @@ def recovery_report(
     layout = Layout.ADAPTIVE if model.config.model_type == MODEL_TYPE else Layout.UNIFORM
     entries = stored_entries(model, run.dtype)
     value = {name: one.perplexity for name, one in measured.items()}
-    closed = share_closed(value["dense"], value["before"], value["recovered"]) if "dense" in value else None
+    closed = None
+    if "dense" in value:
+        closed = gap_closed(*(math.log(value[name]) for name in ("dense", "before", "recovered")))
     return RecoverReport(
         model=run.resolved.source, path=None if out is None else str(out), tuning=str(config.tuning),
         bits=config.bits if packed else None, group_size=config.group_size if packed else None,

@@ -14,7 +14,7 @@ from torch import nn
 from saap.core.errors import ConfigurationError, ModelError, OutputError
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
-from saap.evaluation.perplexity import joint_perplexity, perplexities
+from saap.evaluation.perplexity import perplexities
 from saap.export.huggingface import FolderParts, write_recovered
 from saap.export.placing import check_place
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
@@ -27,7 +27,7 @@ from saap.pipeline.recover.result import RecoverResult, not_quantised, recovery_
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.dense_model import keep_tokens_of, tokens_of
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.outcome import Behaviour, greedy_answer
+from saap.pipeline.shared.outcome import Behaviour, behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.work import WorkFolder
@@ -102,9 +102,8 @@ def _kept_with_a_state(run: Recovery, work: WorkFolder) -> Iterator[None]:
 
 
 def _measure(run: Recovery, model: nn.Module) -> Behaviour:
-    value = joint_perplexity(perplexities(model, run.evaluation, batch=1, leading=run.leading).values())
-    prompt, answer = greedy_answer(model, run.tokenizer)
-    return Behaviour(perplexity=value, prompt=prompt, answer=answer)
+    found = perplexities(model, run.evaluation, batch=1, leading=run.leading)
+    return behaviour(found, *greedy_answer(model, run.tokenizer))
 
 
 def _linears(model: nn.Module) -> dict[str, int]:
