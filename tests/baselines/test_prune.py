@@ -60,3 +60,16 @@ def test_a_pruned_model_with_biases_can_be_pruned_again(source, tmp_path) -> Non
     again = saap.prune(tmp_path / "once", pruning_ratio=0.1, method="magnitude", out=tmp_path / "twice", **SETTINGS)
     ids = torch.arange(12)[None]
     torch.testing.assert_close(model_logits(saap.load(tmp_path / "twice"), ids), model_logits(again.model, ids))
+
+
+def test_biases_follow_their_blocks_where_blocks_are_dropped(source) -> None:
+    roles = ["ffn", "attention", "block"]
+    result = saap.prune(source, pruning_ratio=0.4, method="flap", roles=roles, **SETTINGS)
+    plan = result.plan
+    assert plan.dropped_blocks
+    assert [layer for layer in range(6) if layer > min(plan.dropped_blocks) and layer not in plan.dropped_blocks]
+    staying = [layer for layer in range(6) if layer not in plan.dropped_blocks]
+    consumers = {"ffn": "mlp.down_proj", "attention": "self_attn.o_proj"}
+    pruned = [name.split(".")[1:] for name in plan.keep]
+    expected = {f"model.layers.{staying.index(int(layer))}.{consumers[role]}.bias" for layer, role in pruned}
+    assert {name for name, _ in result.model.named_parameters() if name.endswith(".bias")} == expected

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 from tests.command import run
+from tests.data.byte_tokenizer import byte_tokenizer
 from tests.pipeline import tiny
+
+from saap.core.errors import OutputError
+
+LED = byte_tokenizer(bos=True)
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +72,60 @@ def test_a_text_shorter_than_a_window_and_a_model_without_tokenizer(capsys, tmp_
     tiny.model().save_pretrained(bare)
     code, _, error = run(capsys, "eval", bare, "--perplexity", "bundled", "--quiet")
     assert (code, "no tokenizer" in error) == (2, True)
+
+
+def test_conversations_and_places_are_checked_before_the_weights_are_read(
+    capsys, monkeypatch, tmp_path, source
+) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("saap.pipeline.evaluate.run.open_model", opened)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    answered, unanswered = tmp_path / "answered.jsonl", tmp_path / "unanswered.jsonl"
+    answered.write_text(json.dumps({"messages": turns}) + "\n")
+    unanswered.write_text(json.dumps({"messages": turns[:1]}) + "\n")
+    text = ["--perplexity", "bundled", "--window", "64"]
+    for arguments, offender in (
+        (["--chat", answered], "no chat template"),
+        (["--chat", unanswered], "no turn of an assistant"),
+        (["-o", tmp_path], "is a folder"),
+        (["-o", answered / "report.json"], "cannot be written"),
+    ):
+        code, _, error = run(capsys, "eval", source, *text, *arguments)
+        assert (code, offender in error) == (2, True), error
+
+
+def test_results_are_shown_even_if_the_report_cannot_be_written(capsys, monkeypatch, tmp_path, source) -> None:
+    def full(*_: object) -> None:
+        raise OutputError("the disk is full", "Free some space")
+
+    monkeypatch.setattr("saap.pipeline.evaluate.run.write_report", full)
+    text = ["--perplexity", "bundled", "--window", "64", "--max-tokens", "64"]
+    code, out, error = run(capsys, "eval", source, *text, "-o", tmp_path / "report.json", "--json")
+    assert (code, "the disk is full" in error) == (2, True)
+    assert json.loads(out)["perplexity"]["bundled"]["tokens"] == 63
+
+
+def test_a_dense_model_with_another_tokenizer_reads_its_own_tokens(capsys, tmp_path, source) -> None:
+    other = tmp_path / "other"
+    tiny.model(vocab_size=len(LED)).save_pretrained(other)
+    LED.save_pretrained(other)
+    text = ["--perplexity", "bundled", "--window", "64", "--max-tokens", "256", "--json"]
+    _, out, _ = run(capsys, "eval", other, *text)
+    alone = json.loads(out)["perplexity"]["bundled"]
+    code, out, error = run(capsys, "eval", source, *text, "--dense", other)
+    assert (code, json.loads(out)["dense"]["perplexity"]["bundled"]) == (0, alone), error
+    code, _, error = run(capsys, "eval", source, "--generation", "--max-new-tokens", "4", "--dense", other)
+    assert (code, "another vocabulary" in error) == (2, True), error
+
+
+def test_a_stride_of_one_window_is_no_stride(capsys, tmp_path) -> None:
+    led = tmp_path / "led"
+    tiny.model(vocab_size=len(LED)).save_pretrained(led)
+    LED.save_pretrained(led)
+    text = ["--perplexity", "bundled", "--window", "64", "--max-tokens", "256", "--json"]
+    _, plain, _ = run(capsys, "eval", led, *text)
+    code, strided, error = run(capsys, "eval", led, *text, "--stride", "64")
+    assert code == 0, error
+    assert json.loads(strided)["perplexity"] == json.loads(plain)["perplexity"]

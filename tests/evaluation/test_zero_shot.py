@@ -9,6 +9,7 @@ from tests.pipeline import tiny
 
 from saap.core.errors import CalibrationError, EvaluationError
 from saap.core.evaluation_records import EvalReport
+from saap.evaluation import zero_shot
 from saap.evaluation.zero_shot import check_tasks, evaluate_tasks, local_file, read_records
 
 QUESTIONS = [
@@ -143,3 +144,27 @@ def test_unknown_tasks_get_near_names(tmp_path) -> None:
         check_tasks(["arc_easy"], tmp_path / "nowhere")
     with pytest.raises(EvaluationError, match="--limit 0"):
         check_tasks(["arc_easy"], tmp_path, 0)
+
+
+def test_a_single_question_has_no_standard_error(model, tmp_path) -> None:
+    write(tmp_path, "made.test.jsonl", local_rows()[:1])
+    (one,) = evaluate_tasks(*model, ["made"], data=tmp_path).values()
+    assert (one.questions, one.acc_stderr, one.acc_norm_stderr) == (1, 0.0, 0.0)
+
+
+def test_tasks_that_are_no_choices_are_refused_before_any_is_scored(model, monkeypatch) -> None:
+    generated = datasets.Dataset.from_list([{"question": "1 + 1?", "answer": "It is 2\n#### 2"}] * 2)
+
+    def load(path: str, **_: object) -> datasets.DatasetDict:
+        rows = generated if path == "openai/gsm8k" else hub_rows()
+        return datasets.DatasetDict({"train": rows, "validation": rows, "test": rows})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    scored: list[str] = []
+    monkeypatch.setattr(zero_shot, "_result", lambda task, *_: scored.append(task))
+    with pytest.raises(EvaluationError, match="gsm8k is not a multiple-choice task"):
+        evaluate_tasks(*model, ["arc_easy", "gsm8k"])
+    assert scored == []
+    for name in ("mmlu", "ai2_arc"):
+        with pytest.raises(EvaluationError, match=f"{name} is a group of tasks"):
+            check_tasks(["arc_easy", name], None)

@@ -15,6 +15,7 @@ import yaml
 from tests.export.llama import llama_graph, plan_of, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from saap.baselines.baseline import add_biases
 from saap.core.errors import ModelError, OutputError
 from saap.core.manifest import BaseModelIdentity, Change, PerplexityChange, RunManifest, recorded_versions
 from saap.core.records import Layout, ModelGraph, StructurePlan
@@ -30,6 +31,7 @@ from saap.export.model_card import escape, licence_of, model_card
 from saap.export.placing import check_output
 from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.pruned_structure import mark_pruned
+from saap.models.checkpoint.safetensor_files import INDEX_NAME
 from saap.models.loading.pretrained import load
 from saap.surgery.cut import cut
 
@@ -109,6 +111,35 @@ def test_a_pruned_model_can_be_pruned_again(tmp_path: Path) -> None:
     again = load(tmp_path / "twice", device="cpu")
     assert torch.equal(logits(again), logits(model))
     assert sum(parameter.numel() for parameter in again.parameters()) == plan.parameters
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_pruned_module_can_lose_everything_later(tmp_path: Path, bias: bool) -> None:
+    written(tmp_path / "once")
+    model = load(tmp_path / "once", device="cpu")
+    graph = llama_graph(model)
+    if bias:
+        add_biases(model, {"model.layers.0.mlp.down_proj": torch.arange(24.0)})
+    group = dataclasses.replace(graph.group("layers.0.ffn"), units=14)
+    graph = dataclasses.replace(graph, groups=(group,))
+    plan = plan_of(graph, {"layers.0.ffn": ()})
+    mark_pruned(model, cut(model, graph, plan))
+    model.save_pretrained(tmp_path / "twice")
+    assert torch.equal(logits(load(tmp_path / "twice", device="cpu")), logits(model))
+
+
+def test_a_module_without_weights_gets_a_bias() -> None:
+    model = tiny_llama()
+    graph = llama_graph(model)
+    cut(model, graph, plan_of(graph, {"layers.0.ffn": ()}))
+    assert add_biases(model, {"model.layers.0.mlp.down_proj": torch.ones(24)}) == 24
+    assert torch.equal(model.model.layers[0].mlp(torch.zeros(1, 1, 24)), torch.ones(1, 1, 24, dtype=torch.float64))
+
+
+def test_an_index_of_an_earlier_model_is_not_read(tmp_path: Path) -> None:
+    model, _, _ = written(tmp_path / "out")
+    (tmp_path / "out" / INDEX_NAME).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert torch.equal(logits(load(tmp_path / "out", device="cpu")), logits(model))
 
 
 def test_importing_auto_is_enough_for_transformers(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from tests.families import build
 from torch import nn
+from transformers import Ernie4_5_MoeConfig
 
 from saap.core.errors import LayoutError
 from saap.core.records import Layout, ModelGraph, Role, StructurePlan
 from saap.discovery import discover
-from saap.models.checkpoint.stock_config import uniform_config
+from saap.models.checkpoint.stock_config import keep_layers, uniform_config
 
 FIELDS = {
     "llama": {"intermediate_size": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 1},
@@ -86,3 +87,12 @@ def test_a_model_without_a_configuration_is_refused() -> None:
     graph = discover(build("llama"))
     with pytest.raises(LayoutError, match="no transformers configuration"):
         uniform_config(nn.Linear(1, 1), graph, keeping(graph, Role.FFN, (0,)))
+
+
+def test_the_last_layer_with_experts_follows_dropped_layers() -> None:
+    config = Ernie4_5_MoeConfig(num_hidden_layers=4, moe_layer_start_index=1, moe_layer_end_index=2)
+    keep_layers(config, [0, 2, 3], 4)
+    assert (config.moe_layer_start_index, config.moe_layer_end_index) == (1, 1)
+    config.moe_layer_end_index = -1
+    keep_layers(config, [0, 2], 3)
+    assert config.moe_layer_end_index == -1

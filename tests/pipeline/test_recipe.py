@@ -321,6 +321,18 @@ def test_missing_packages_of_an_export_are_said_before_the_first_step(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("wrong", [{"texts": ["none.txt"]}, {"chat": "none.jsonl"}])
+def test_files_of_an_evaluation_are_checked_before_the_first_step(tmp_path: Path, wrong: dict[str, object]) -> None:
+    tree = {
+        "model": str(tiny.folder(tmp_path / "model")), "out": str(tmp_path / "out"), "prune": SMALL,
+        "eval": {"a": wrong},
+    }  # fmt: skip
+    for carry_out_recipe in (preview_recipe, run_recipe):
+        with pytest.raises(SaapError, match="none"):
+            carry_out_recipe(recipe_from(tree, "r"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_steps_of_several_ratios(tmp_path: Path) -> None:
     source, out = tiny.folder(tmp_path / "model", num_hidden_layers=2), tmp_path / "out"
     text = str(tiny.text_file(tmp_path / "text.txt"))

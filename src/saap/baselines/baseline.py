@@ -109,7 +109,8 @@ def add_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> int:
         if isinstance(present, Tensor):
             present.add_(bias.to(present))
         else:
-            weight = module.get_parameter("weight")
-            module.bias = nn.Parameter(bias.to(weight), requires_grad=weight.requires_grad)
+            # A module without weights, of which nothing was kept, takes after the others.
+            like = next(module.parameters(), next(model.parameters()))
+            module.bias = nn.Parameter(bias.to(like), requires_grad=like.requires_grad)
             added += bias.numel()
     return added

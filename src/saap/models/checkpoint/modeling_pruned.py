@@ -174,13 +174,13 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
     name -> value), `sliced_arguments` (module path -> arguments of ArgumentSlice), and perhaps `added_biases` (names)
     and `buffers` (buffer -> sizes).
     """
+    for name in structure.get("added_biases", ()):
+        linear = cast(nn.Linear, model.get_submodule(name.removesuffix(".bias")))
+        linear.register_parameter("bias", nn.Parameter(linear.weight.new_zeros(linear.out_features)))
     for path, constant in structure["constant"].items():
         parent, _, name = path.rpartition(".")
         bias = model.get_submodule(path)._parameters.get("bias") if constant["bias"] else None
         setattr(model.get_submodule(parent), name, ConstantOutput(constant["width"], bias))
-    for name in structure.get("added_biases", ()):
-        linear = cast(nn.Linear, model.get_submodule(name.removesuffix(".bias")))
-        linear.register_parameter("bias", nn.Parameter(linear.weight.new_zeros(linear.out_features)))
     for name, shape in structure["shapes"].items():
         parameter = model.get_parameter(name)
         resize(model, parameter, parameter.data[tuple(slice(size) for size in shape)].clone())

@@ -73,10 +73,10 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
 
     dense, modules = renamed(graph.shapes), dict(model.named_modules())
     present = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    shapes = {name: tuple(shape) for name, shape in renamed(earlier.get("shapes", {})).items()}
+    shapes = {name: tuple(shape) for name, shape in renamed(earlier.get("shapes", {})).items() if name in present}
     constant = {path: module for path, module in modules.items() if isinstance(module, ConstantOutput)}
     stock = dense.keys() - renamed(dict.fromkeys(earlier.get("added_biases", ()))).keys()
-    biases = [name for name in present if name.endswith(".bias") and name.removesuffix(".bias") not in constant]
+    biases = [name for name in present if name.endswith(".bias")]
     buffers = {name: tuple(shape) for name, shape in renamed(earlier.get("buffers", {})).items()}
     # attributes that follow the kept units, epsilons of rescaled norms, and earlier changes
     attributes = {path: dict(values) for path, values in renamed(earlier.get("attributes", {})).items()}

@@ -31,12 +31,15 @@ Shape = tuple[int, ...]
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a model folder. Raises ModelError if missing, incomplete, or only in other formats."""
+    """The safetensors files of a model folder. Raises ModelError if missing, incomplete, or only in other formats.
+
+    As in transformers, a single file comes before an index, which an earlier model may have left.
+    """
+    if (folder / SINGLE_NAME).is_file():
+        return (folder / SINGLE_NAME,)
     index = folder / INDEX_NAME
     if index.exists():
         return _indexed_files(folder, index)
-    if (folder / SINGLE_NAME).is_file():
-        return (folder / SINGLE_NAME,)
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         raise ModelError(

@@ -28,6 +28,8 @@ MOST_SIZES = 8
 ADAPTIVE_REMEDY = "Use --layout adaptive"
 # Numbers of leading layers that have no experts.
 DENSE_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+# Index of the last layer with experts; -1 is that of the model.
+LAST_EXPERT_LAYER = "moe_layer_end_index"
 # The width of one head: classes derive it from hidden size and heads unless the configuration sets it.
 HEAD_WIDTH = "head_dim"
 
@@ -57,6 +59,8 @@ def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
     for name in DENSE_LAYERS:
         if isinstance(leading := getattr(config, name, None), int):
             setattr(config, name, sum(layer < leading for layer in kept))
+    if isinstance(last := getattr(config, LAST_EXPERT_LAYER, None), int) and last >= 0:
+        setattr(config, LAST_EXPERT_LAYER, sum(layer <= last for layer in kept) - 1)
     config.num_hidden_layers = len(kept)
     if own:  # settings of single layers, by their numbers
         by_layer = {int(layer): settings for layer, settings in own.items()}

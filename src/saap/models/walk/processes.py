@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from saap.core.errors import ConfigurationError, ProcessError
+from saap.core.errors import ConfigurationError, ProcessError, first_line, out_of_memory
 
 T = TypeVar("T")
 
@@ -141,7 +141,9 @@ def _exchange(operation: Callable[..., Any], *arguments: Any) -> None:
     try:
         operation(*arguments)
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         raise ProcessError(
-            f"Another process of this run has ended ({str(error).splitlines()[0]})",
+            f"Another process of this run has ended ({first_line(error)})",
             "See its message, if any; the same command resumes from the last finished stage",
         ) from None

@@ -173,7 +173,7 @@ def cut_and_restore(
         plan, reconstruction, text = _reconstructed(run, model, plan, scores)
         restored.refit_errors = reconstruction.errors
     cut(model, run.graph, plan)
-    added = add_biases(model, biases)
+    added = add_biases(model, run.graph.renamed(plan.dropped_blocks, biases))
     if added:
         run.meter.reporter.note(f"{added:,} parameters of compensating biases come on top of the plan")
     if text is not None:
