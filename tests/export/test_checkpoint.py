@@ -125,6 +125,8 @@ def test_a_pruned_module_can_lose_everything_later(tmp_path: Path, bias: bool) -
     plan = plan_of(graph, {"layers.0.ffn": ()})
     mark_pruned(model, cut(model, graph, plan))
     model.save_pretrained(tmp_path / "twice")
+    written_format = json.loads((tmp_path / "twice" / "config.json").read_text())["pruned_structure"]["format_version"]
+    assert (written_format == modeling_pruned.FORMAT_VERSION) is bias
     assert torch.equal(logits(load(tmp_path / "twice", device="cpu")), logits(model))
 
 

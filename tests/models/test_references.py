@@ -116,12 +116,14 @@ def test_a_header_whose_sizes_disagree_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "..\\secret.safetensors"])
 def test_an_index_that_points_outside_is_refused(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
     with pytest.raises(ModelError, match="points outside its folder"):
         resolve_model(folder)
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "a-00001.safetensors"}}))
     with pytest.raises(ModelError, match=r"lacks a-00001\.safetensors"):
         resolve_model(folder)

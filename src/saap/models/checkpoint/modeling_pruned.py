@@ -36,9 +36,9 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "saap_pruned"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # What readers of earlier formats understand: of the first all but added biases and resized buffers, of the second to
-# fourth all but the latter.
+# fourth all but the latter, of the fifth all but added biases of modules without weights.
 FIRST_FORMAT_VERSION, SECOND_FORMAT_VERSION, FIFTH_FORMAT_VERSION = 1, 2, 5
 
 # Which integers of a module repeat the sizes of its weight, axis by axis.

@@ -17,6 +17,7 @@ from saap.models.checkpoint.modeling_pruned import (
     AUTO_CLASSES,
     FIFTH_FORMAT_VERSION,
     FIRST_FORMAT_VERSION,
+    FORMAT_VERSION,
     SECOND_FORMAT_VERSION,
     ArgumentSlice,
     ConstantOutput,
@@ -173,6 +174,8 @@ def state_structure(config: Any, structure: PrunedStructure) -> None:
             version = needed
         else:
             del sizes[name]
+    if any(name.removesuffix(".bias") in structure.constant for name in structure.added_biases):
+        version = FORMAT_VERSION
     config.base_model_type = structure.base_model_type
     config.pruned_structure = {"format_version": version, **sizes, **structure.layers.record()}
     config.architectures = [SaapPrunedForCausalLM.__name__]
