@@ -134,7 +134,7 @@ def search(graph: ModelGraph, scores: ImportanceScores, config: Annotated[PruneC
 
     pruning_ratio: fraction of the decoder blocks' parameters. skip_layers: how many blocks to protect (first, last).
     The strategy `adaptive` measures candidates and therefore needs `prune`. Raises TargetError, and ConfigurationError
-    for scores of another importance.
+    for scores of another importance, or without those of the requested roles.
     """
     space = SearchSpace(roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers)
     require_measured(scores, config.importance)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.structure_search.synthetic import CHANNELS, HEADS, graph, scores
 
-from saap.core.errors import TargetError
+from saap.core.errors import ConfigurationError, TargetError
 from saap.core.records import Layout, Role, UnitScores, count_parameters
 from saap.core.storage import PlanDocument
 from saap.models.structure.keep_index import KeepIndex
@@ -160,6 +160,30 @@ def test_blocks_are_dropped_by_measured_loss() -> None:
     assert mixed.dropped_blocks == (3,)
     assert not any(name.startswith("layers.3.") for name in mixed.keep)
     assert GRAPH.block_parameters - mixed.block_parameters >= budget.removal
+
+
+def test_roles_and_blocks_without_scores_are_named() -> None:
+    ffn = {name: score for name, score in SCORES.items() if name.endswith("ffn")}
+    budget = budget_for_ratio(GRAPH, 0.2)
+    with pytest.raises(ConfigurationError, match=r"roles attention, hidden\. Estimate with these roles too"):
+        search(GRAPH, ffn, budget, space(roles=(*FFN_AND_ATTENTION, PrunableRole.HIDDEN)), Strategy.UNIFORM)
+    blocks = space(roles=(PrunableRole.BLOCK,))
+    with pytest.raises(ConfigurationError, match=r"blocks 0, 1, 2, 3, 4, 5\. Estimate with the roles attention, ffn"):
+        search(GRAPH, {}, budget, blocks, Strategy.UNIFORM)
+    assert search(GRAPH, ffn, budget, blocks, Strategy.UNIFORM).dropped_blocks
+    assert search(GRAPH, {}, Budget(removal=0), blocks, Strategy.UNIFORM).removes_nothing(GRAPH)
+
+
+def test_a_block_is_worth_the_sum_of_its_units() -> None:
+    def worth(layer: int, ffn: float, attention: float) -> dict[str, UnitScores]:
+        means = {f"layers.{layer}.ffn": np.full(CHANNELS, ffn), f"layers.{layer}.attention": np.full(HEADS, attention)}
+        return {name: UnitScores(mean=mean, variance=np.zeros_like(mean)) for name, mean in means.items()}
+
+    # Block 2 has the smallest sum, 32 + 40. The others have 64 + 12, but a smaller mean of their groups' means.
+    all_scores = {name: one for layer in range(6) for name, one in worth(layer, 1.0, 3.0).items()}
+    blocks, small = space(roles=(PrunableRole.BLOCK,)), Budget(removal=1)
+    plan = search(GRAPH, all_scores | worth(2, 0.5, 10.0), small, blocks, Strategy.UNIFORM)
+    assert plan.dropped_blocks == (2,)
 
 
 @pytest.mark.parametrize("roles", [("hidden",), ("hidden", "ffn"), ("hidden", "ffn", "block")])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saap.core.errors import PlanError, TargetError
+from saap.core.errors import ConfigurationError, PlanError, TargetError, listed
 from saap.core.records import (
     Candidate,
     CoupledGroup,
@@ -118,9 +118,11 @@ def search(
     """Decide how many units each module keeps, and which.
 
     guide: for strategies that measure, and its evaluator, called once per block, for the role `block`.
-    Raises TargetError if the budget cannot be reached.
+    Raises TargetError if the budget cannot be reached, and ConfigurationError for roles or blocks without scores.
     """
     guide = guide or SearchGuide()
+    if budget.removal > 0:
+        _require_scores(graph, scores, space, blocks_measured=guide.evaluator is not None)
     dropped = _blocks_to_drop(graph, scores, budget, space, guide.evaluator)
     remaining = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
     keep: dict[str, tuple[int, ...]] = {}
@@ -145,6 +147,25 @@ def search(
         missing = max(0, budget.removal - budget.removed(graph, keep, dropped))
         remaining = dataclasses.replace(remaining, removal=remaining.removal + missing if missing else 0)
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
+
+
+def _require_scores(graph: ModelGraph, scores: Scores, space: SearchSpace, *, blocks_measured: bool) -> None:
+    """Raise ConfigurationError for requested roles, and blocks that are not measured, without any scores."""
+    skipped = space.skipped(graph)
+    found = [group for group in graph.groups if group.layer not in skipped]
+    roles = [role for role in unit_roles(space.roles) if any(g.role is role and g.name not in scores for g in found)]
+    if roles:
+        missing = ", ".join(roles)
+        raise ConfigurationError(f"There are no scores of the roles {missing}", "Estimate with these roles too")
+    if PrunableRole.BLOCK in space.roles and not blocks_measured:
+        layers = (layer for layer in range(len(graph.blocks)) if layer not in skipped)
+        blocks = [layer for layer in layers if not any(group.name in scores for group in graph.in_block(layer))]
+        if blocks:
+            inside = dict.fromkeys(str(group.role) for group in found if group.layer in blocks)
+            raise ConfigurationError(
+                f"There are no scores of the blocks {listed([str(layer) for layer in blocks], 8)}",
+                f"Estimate with the roles {', '.join(inside)} too" if inside else "Leave out the role block",
+            )
 
 
 def make_plan(
@@ -196,7 +217,8 @@ def _blocks_to_drop(
 ) -> tuple[int, ...]:
     """Whole blocks to drop: as many as fit into the budget, or, alone, until it is reached.
 
-    Ordered by the measured loss of dropping each block alone, or by the mean importance of its units.
+    Ordered by the measured loss of dropping each block alone, or by the summed importance of its units. The sum is the
+    estimate of that loss; a mean would depend on how finely a block is divided into units.
     Raises TargetError if even all blocks but one are not enough.
     """
     if PrunableRole.BLOCK not in space.roles:
@@ -206,8 +228,7 @@ def _blocks_to_drop(
     def loss(layer: int) -> float:
         if evaluator is not None:
             return evaluator({}, (layer,))
-        scored = [scores[group.name] for group in graph.in_block(layer) if group.name in scores]
-        return float(np.mean([score.mean.mean() for score in scored]))
+        return float(sum(scores[group.name].mean.sum() for group in graph.in_block(layer) if group.name in scores))
 
     alone = len(space.roles) == 1
     dropped: list[int] = []
