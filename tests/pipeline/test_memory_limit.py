@@ -163,6 +163,13 @@ def test_several_ratios(source: Path, tmp_path: Path, counts: list[int], monkeyp
             assert torch.equal(tensor, tensors(tmp_path / "away" / ratio)[name])
 
 
+def test_second_order_costs_are_found_block_by_block(tmp_path: Path, counts: list[int]) -> None:
+    wide = tiny.folder(tmp_path / "wide", intermediate_size=512)  # all Gram matrices are larger than the weights
+    given: dict[str, Any] = {**SETTINGS, "strategy": "second-order"}
+    result = saap.prune(wide, pruning_ratio=0.2, out=tmp_path / "out", max_memory=1, **given)
+    assert any(stage.name == stages.FIND_COSTS.title for stage in result.report.stages)
+
+
 def test_the_search_measures_as_many_candidates_as_the_tokens_allow(
     source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

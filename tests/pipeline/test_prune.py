@@ -14,7 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saap
-from saap.core.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
+from saap.core.errors import (
+    CalibrationError,
+    ConfigurationError,
+    LayoutError,
+    OutputError,
+    StaleInputError,
+    TargetError,
+)
 from saap.estimation import estimate as estimation
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observer
@@ -100,6 +107,12 @@ def test_a_search_evaluates_after_compensation_where_its_strategy_says_so(
     for strategy in ("adaptive", "second-order"):
         saap.prune(source, pruning_ratio=0.2, strategy=strategy, **SETTINGS | {"effort": "default"})
     assert given == [False, True]
+
+
+def test_second_order_costs_that_are_larger_than_the_weights_are_refused(tmp_path: Path) -> None:
+    wide = tiny.folder(tmp_path, intermediate_size=512)
+    with pytest.raises(ConfigurationError, match=r"needs 0\.\d+ GB for its Gram matrices.*Use --strategy adaptive"):
+        saap.prune(wide, pruning_ratio=0.2, strategy="second-order", **SETTINGS)
 
 
 @pytest.mark.parametrize(

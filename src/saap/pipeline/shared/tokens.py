@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.core.errors import CalibrationError
+from saap.core.errors import CalibrationError, ConfigurationError
 from saap.core.evaluation_records import Perplexity
 from saap.core.records import CalibrationSet, IntArray, ModelGraph
 from saap.data.pairs import draw_pairs, pairs_file
@@ -129,9 +129,27 @@ def chooses_units(config: PruneConfig) -> bool:
 
 
 def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> bool:
-    """Whether the search uses second-order costs; not if their Gram matrices would be larger than the weights."""
+    """Whether the search uses second-order costs.
+
+    Raises ConfigurationError if their Gram matrices would be larger than the weights in memory. With weights in files,
+    only those of one block exist at a time.
+    """
+    if not chooses_units(config) or config.strategy is not Strategy.SECOND_ORDER:
+        return False
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return chooses_units(config) and config.strategy is Strategy.SECOND_ORDER and gram_bytes(graph) <= weights
+    needed = gram_bytes(graph)
+    if needed > weights and offloaded(model) is None:
+        raise ConfigurationError(
+            f"--strategy second-order needs {needed / 1e9:.3g} GB for its Gram matrices, more than the weights "
+            f"({weights / 1e9:.3g} GB)", "Use --strategy adaptive",
+        )  # fmt: skip
+    return True
+
+
+def embedding_rows(model: nn.Module) -> int | None:
+    """Rows of the model's input embedding, None if it has none that is known."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None
 
 
 def evaluation_sets(tokenizer: Any, kinds: Iterable[str] = KINDS) -> dict[str, IntArray]:
@@ -188,8 +206,7 @@ def draw_tokens(
             "refit", settings.refit_sequences * settings.refit_length // refit_length, refit_length, at_least=4
         ),
     ]
-    embedding = getattr(loaded.model, "get_input_embeddings", lambda: None)()
-    rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None
+    rows = embedding_rows(loaded.model)
     file = pairs_file(calibration)
     if file is not None:
         processor = _processor(loaded, config, file)
