@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from tests.structure_search import synthetic
 
@@ -7,7 +9,7 @@ from saap.core.errors import TargetError
 from saap.core.records import Layout, Role
 from saap.settings.prune import PrunableRole
 from saap.settings.registry import Strategy
-from saap.structure_search.budget import WHOLE, DecodeCosts, budget_for_speedup, curve_through
+from saap.structure_search.budget import WHOLE, DecodeCosts, budget_for_speedup, curve_through, trial_structures
 from saap.structure_search.plan import SearchSpace, search
 
 GRAPH = synthetic.graph()
@@ -68,6 +70,15 @@ def test_the_largest_speed_is_named() -> None:
         search(GRAPH, SCORES, budget, space(), Strategy.UNIFORM)
     with pytest.raises(TargetError, match=r"by dropping whole blocks; the largest is 2\."):
         search(GRAPH, SCORES, budget, space(PrunableRole.BLOCK), Strategy.UNIFORM)
+
+
+def test_a_trial_keeps_no_more_units_than_there_are() -> None:
+    wide = dataclasses.replace(GRAPH.group("layers.5.ffn"), units=1024)
+    mixed = dataclasses.replace(GRAPH, groups=(*GRAPH.groups[:-2], wide))
+    units = {group.name: group.units for group in mixed.groups}
+    trials = [keep for _, _, keep in trial_structures(mixed, [Role.FFN], align=80)]
+    assert trials
+    assert all(len(kept) <= units[name] for keep in trials for name, kept in keep.items())
 
 
 def test_a_measured_plan_corrects_the_costs() -> None:

@@ -110,6 +110,27 @@ def test_unreachable_target_names_the_reachable() -> None:
         search(GRAPH, SCORES, budget_for_ratio(GRAPH, 0.99), space(align=32), Strategy.UNIFORM)
 
 
+@pytest.mark.parametrize(("ratio", "remedy"), [(0.45, "a smaller --align"), (0.95, "more roles or layers")])
+def test_the_remedy_of_an_unreachable_target_is_what_helps(ratio: float, remedy: str) -> None:
+    of = space(roles=(PrunableRole.FFN,), align=32)
+    with pytest.raises(TargetError, match=f"or allow {remedy}"):
+        search(GRAPH, SCORES, budget_for_ratio(GRAPH, ratio), of, Strategy.UNIFORM)
+
+
+def test_dropped_blocks_count_in_the_remedy_of_an_unreachable_target() -> None:
+    of, budget = space((PrunableRole.BLOCK, PrunableRole.FFN), align=32), budget_for_ratio(GRAPH, 0.99)
+    # five of six blocks, and half the channels of the last one
+    with pytest.raises(TargetError, match=r"at most 15,552 can\. Ask for a reduction of at most 0\.9,") as caught:
+        search(GRAPH, SCORES, budget, of, Strategy.UNIFORM)
+    assert f"{budget.removal:,} parameters" in str(caught.value)
+
+
+def test_a_role_whose_blocks_are_all_skipped_or_dropped_is_refused_as_such() -> None:
+    of = space((PrunableRole.BLOCK, PrunableRole.FFN), skip_layers=SkipLayers(first=3))
+    with pytest.raises(TargetError, match="all blocks with ffn groups are skipped or dropped"):
+        search(GRAPH, SCORES, budget_for_ratio(GRAPH, 0.65), of, Strategy.UNIFORM)
+
+
 def test_adaptive_takes_the_candidate_with_the_least_measured_loss() -> None:
     wanted = {f"layers.{layer}.ffn" for layer in (0, 1)}
 
@@ -207,8 +228,11 @@ def test_targets_in_parameters_and_bytes() -> None:
     for bad in (0, total + 1):
         with pytest.raises(TargetError):
             budget_for_parameters(GRAPH, bad)
-    with pytest.raises(TargetError):
-        budget_for_bytes(GRAPH, 10, 2)
+    least, full = header_bytes(GRAPH.shapes) + 2, header_bytes(GRAPH.shapes) + 2 * total
+    for size in (10, least - 1, full + 1):
+        with pytest.raises(TargetError, match=f"Give a size from {least:,} to {full:,} bytes"):
+            budget_for_bytes(GRAPH, size, 2)
+    assert budget_for_bytes(GRAPH, least, 2).removal == total - 1
     with pytest.raises(TargetError):
         budget_for_ratio(GRAPH, 1.0)
 

@@ -38,12 +38,14 @@ class Budget:
             return graph.parameters - count_parameters(shapes)
         return graph.block_parameters - count_parameters(graph.in_blocks(shapes))
 
-    def unreachable(self, graph: ModelGraph, removed: int, how: str) -> TargetError:
-        """The refusal of a budget of which at most `removed` can be reached."""
+    def unreachable(
+        self, graph: ModelGraph, removed: int, how: str, allow: str = "more roles or layers"
+    ) -> TargetError:
+        """The refusal of a budget of which at most `removed` can be reached. allow: what would remove more."""
         base = graph.parameters if self.whole_model else graph.block_parameters
         return TargetError(
             f"{self.removal:,} parameters cannot be removed {how}, at most {removed:,} can",
-            f"Ask for a reduction of at most {int(removed / base * 1000) / 1000:g}, or allow more roles or layers",
+            f"Ask for a reduction of at most {int(removed / base * 1000) / 1000:g}, or allow {allow}",
         )
 
 
@@ -79,7 +81,7 @@ def budget_for_bytes(graph: ModelGraph, target: int, bytes_per_parameter: int) -
     if allowed < 1 or target > full:
         raise TargetError(
             f"target of {target:,} bytes is out of range for weights of {full:,} bytes",
-            f"Give a size below {full:,} bytes",
+            f"Give a size from {header + bytes_per_parameter:,} to {full:,} bytes",
         )
     return Budget(removal=max(0, graph.parameters - allowed), whole_model=True)
 
@@ -134,12 +136,14 @@ class TimeBudget:
         """Predicted speed of the plan over that of the dense model."""
         return WHOLE / (WHOLE - self.removed(graph, plan.keep, plan.dropped_blocks))
 
-    def unreachable(self, graph: ModelGraph, removed: int, how: str) -> TargetError:
-        """The refusal of a budget of which at most `removed` can be reached."""
+    def unreachable(
+        self, graph: ModelGraph, removed: int, how: str, allow: str = "more roles or layers"
+    ) -> TargetError:
+        """The refusal of a budget of which at most `removed` can be reached. allow: what would remove more."""
         requested, largest = WHOLE / (WHOLE - self.removal), WHOLE / (WHOLE - removed)
         return TargetError(
             f"a speed-up of {requested:.2f} cannot be reached {how}; the largest is {int(largest * 100) / 100:g}",
-            "Ask for less, or allow more roles or layers",
+            f"Ask for less, or allow {allow}",
         )
 
     def corrected(self, *, predicted: float, measured: float) -> Self:
@@ -188,7 +192,7 @@ def trial_structures(
             raise TargetError(f"no {role} groups can be pruned in this model", "Leave this role out of --roles")
         step = align if role.of_channels else 1
         sizes = {
-            tuple(max(min(step, g.units), round(g.units * share / step) * step) for g in groups) for share in FRACTIONS
+            tuple(min(g.units, max(step, round(g.units * share / step) * step)) for g in groups) for share in FRACTIONS
         }
         sizes.add(tuple(min(step, g.units) for g in groups))
         if max(group.units for group in groups) <= FEW_UNITS:

@@ -73,6 +73,11 @@ def build_variables(
             if group.layer not in skipped_layers:
                 shared = str(role) if space.layout is Layout.UNIFORM else group.bundle or group.name
                 bundles.setdefault(shared, []).append(group)
+        if not bundles and graph.of_role(role):
+            raise TargetError(
+                f"all blocks with {role} groups are skipped or dropped",
+                "Skip fewer layers, or ask for a smaller reduction",
+            )
         if not bundles:
             reason = next((refusal.reason for refusal in graph.refused if role.value in refusal.name), "none was found")
             raise TargetError(
@@ -131,6 +136,8 @@ def search(
 
     def solved(skipped: Collection[int]) -> tuple[dict[str, tuple[int, ...]], tuple[Candidate, ...]]:
         variables = build_variables(graph, space, {*dropped, *skipped})
+        if _most_removed(graph, variables, budget, dropped) < budget.removal:
+            raise _unreachable(graph, budget, space, dropped, skipped)
         proposal: Proposal = strategy.load()(
             SearchProblem(graph, variables, scores, remaining, dropped, guide, space.skip_layers is None)
         )
@@ -147,6 +154,26 @@ def search(
         missing = max(0, budget.removal - budget.removed(graph, keep, dropped))
         remaining = dataclasses.replace(remaining, removal=remaining.removal + missing if missing else 0)
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
+
+
+def _most_removed(
+    graph: ModelGraph, variables: Sequence[DecisionVariable], budget: AnyBudget, dropped: Sequence[int]
+) -> int:
+    """What counts for the budget and is removed at the smallest sizes, dropped blocks included."""
+    smallest = {group.name: variable.sizes[-1] for variable in variables for group in variable.groups}
+    return budget.removed(graph, smallest, dropped)
+
+
+def _unreachable(
+    graph: ModelGraph, budget: AnyBudget, space: SearchSpace, dropped: Sequence[int], skipped: Collection[int]
+) -> TargetError:
+    """The refusal of a budget that the smallest sizes do not reach. Names the alignment if that alone prevents it."""
+    reached, unaligned = (
+        _most_removed(graph, build_variables(graph, one, {*dropped, *skipped}), budget, dropped)
+        for one in (space, dataclasses.replace(space, align=1))
+    )
+    allow = "a smaller --align" if unaligned >= budget.removal else "more roles or layers"
+    return budget.unreachable(graph, reached, "with these roles, skipped layers and alignment", allow)
 
 
 def _require_scores(graph: ModelGraph, scores: Scores, space: SearchSpace, *, blocks_measured: bool) -> None:
