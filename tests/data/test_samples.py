@@ -84,6 +84,11 @@ def test_texts_themselves_are_one_source():
     assert all(window in "\n\n".join(texts) for window in written(tokens.tokens))
 
 
+def test_a_long_text_without_spaces_is_a_source():
+    tokens = calibration_set(["\u6c49\u5b57" * 400], TOKENIZER, samples=4, length=32, seed=0)
+    assert tokens.sources == ("given texts",)
+
+
 @pytest.mark.parametrize("convert", [np.asarray, torch.as_tensor, lambda ids: ids.tolist()])
 def test_token_ids_are_taken_whole(convert):
     ids = np.arange(60).reshape(6, 10)
@@ -121,6 +126,8 @@ def test_ids_outside_the_embedding_are_refused_with_both_sizes():
     for outside in (20, -1):
         with pytest.raises(CalibrationError, match=f"token ids given gave id {outside}"):
             calibration_set([[1, outside]], None, samples=1, length=2, seed=0, vocabulary=20)
+        with pytest.raises(CalibrationError, match=f"token ids given gave id {outside}"):
+            calibration_set([[1, outside]], TOKENIZER, samples=1, length=2, seed=0, vocabulary=20)
 
 
 def test_an_empty_calibration_is_refused():

@@ -17,7 +17,9 @@ from saap.data.texts import (
     KINDS,
     Purpose,
     bundled_text,
+    check_source,
     evaluation_text,
+    has_rows,
     kind_weights,
     names_a_source,
     read_documents,
@@ -51,7 +53,9 @@ def test_conversations_come_plain_and_with_the_chat_template():
     assert "<|user|>" not in plain
     rows = bz2.decompress((BUNDLED / "conversations.calibration.jsonl.bz2").read_bytes()).decode().count("\n")
     assert both.count("<|user|>") == both.count("<|assistant|>") == rows // 2 > 1000
-    assert bundled_text("conversations", Purpose.CALIBRATION, byte_tokenizer()) == plain
+    strict = byte_tokenizer(chat_template="{{ raise_exception('only with a system prompt') }}")
+    for tokenizer in (byte_tokenizer(), strict):
+        assert bundled_text("conversations", Purpose.CALIBRATION, tokenizer) == plain
 
 
 def test_the_mixed_evaluation_text_has_each_kind():
@@ -202,3 +206,25 @@ def test_names_files_and_texts_are_told_apart(tmp_path, monkeypatch):
         assert names_a_source(name)
     for text in ("It was a dark night.", "One\ntwo.txt", "word " * 10_000):
         assert not names_a_source(text)
+
+
+CHINESE = "\u6c49\u5b57" * 3000
+
+
+def test_a_long_text_without_spaces_is_a_text_and_no_path():
+    assert not names_a_source(CHINESE)
+    assert names_a_source(CHINESE[:8])
+    assert not has_rows(f"{CHINESE}.jsonl")
+    with pytest.raises(CalibrationError, match=r"\.\.\. is neither a file nor a known text") as caught:
+        read_documents(CHINESE)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(CalibrationError, match="is neither a file nor a known text"):
+        check_source(CHINESE)
+
+
+def test_half_of_a_surrogate_pair_is_named_with_its_line(tmp_path):
+    whole = '{"text": "\\ud83d\\ude00"}\n'
+    path = jsonl(tmp_path / "rows.jsonl", whole, '{"text": "cut \\uD83D"}\n')
+    with pytest.raises(CalibrationError, match=r"rows\.jsonl, line 2, has half of a surrogate pair"):
+        read_documents(path)
+    assert read_documents(jsonl(path, whole)) == ("\U0001f600",)

@@ -68,12 +68,12 @@ def draw_sets(
 ) -> dict[str, CalibrationSet]:
     """Sets of windows from one calibration, by the requests' names.
 
-    calibration: names and files (see `read_documents`), texts (strings with white space that are not files), or token
-    ids (rows, length). Each source provides an equal part of each set, the kinds of `mixed` by `kind_weights`. Windows
-    of texts are at random positions, chosen by `seed`, and do not overlap. If a text is too short, all sets that are
-    not held out share its tokens. Each window begins with the `leading_ids`, unless `bos` is False. Rows of token ids
-    are assigned to the sets as a whole and cut to the requested length. If there are too few, held-out sets get at most
-    a quarter of them, and sets may be smaller than requested.
+    calibration: names and files (see `read_documents`), texts (strings with white space, or of 256 characters and more,
+    that are not files), or token ids (rows, length). Each source provides an equal part of each set, the kinds of
+    `mixed` by `kind_weights`. Windows of texts are at random positions, chosen by `seed`, and do not overlap. If a text
+    is too short, all sets that are not held out share its tokens. Each window begins with the `leading_ids`, unless
+    `bos` is False. Rows of token ids are assigned to the sets as a whole and cut to the requested length. If there are
+    too few, held-out sets get at most a quarter of them, and sets may be smaller than requested.
     vocabulary: number of rows of the model's embedding.
     Raises CalibrationError if the text is too short (with the needed and found tokens), a source cannot be read, or an
     id is outside the vocabulary.
@@ -87,7 +87,7 @@ def draw_sets(
         sources = token_sources(calibration, tokenizer)
         names = tuple(sources)
         windows = _from_texts(sources, requests, leading_ids(tokenizer, bos=bos), generator, kind_weights)
-    check_vocabulary(windows, vocabulary, tokenizer)
+    check_vocabulary(windows, vocabulary, None if ids is not None else tokenizer)
     return {name: CalibrationSet(sources=names, seed=seed, tokens=tokens) for name, tokens in windows.items()}
 
 
@@ -106,7 +106,7 @@ def calibration_set(
     if ids is None:
         request = SampleRequest("samples", samples, length)
         return draw_sets(calibration, tokenizer, [request], seed=seed, vocabulary=vocabulary, bos=bos)["samples"]
-    check_vocabulary({GIVEN_IDS: ids}, vocabulary, tokenizer)
+    check_vocabulary({GIVEN_IDS: ids}, vocabulary, None)
     return CalibrationSet(sources=(GIVEN_IDS,), seed=seed, tokens=ids)
 
 

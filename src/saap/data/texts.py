@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,8 @@ KINDS: Mapping[str, int] = MappingProxyType(
 """All bundled kinds, with their weights in `mixed` for a model that predicts each of them well."""
 KNOWN_WELL, UNKNOWN = 1.2, 2.0
 """Bits per byte at which a kind of text has its plain weight, and from which on its weight is zero."""
+LONGEST_NAME = 256
+"""Characters from which on a string is the name of a file only if there is one."""
 FILE_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 # Part of each kind in the mixed evaluation text, about 8,000 tokens in all, so a prefix has several kinds.
 MIXED_EVALUATION_CHARACTERS = 9_000
@@ -78,7 +81,7 @@ def read_documents(
         documents = tuple(bundled_text(kind, purpose, tokenizer) for kind in kinds)
     elif isinstance(source, str) and name in DATA_SETS:
         documents = _download(name, DATA_SETS[name], purpose)
-    elif Path(source).is_file():
+    elif is_file(source):
         path = Path(source)
         documents = _rows_to_documents(path, tokenizer) if ".jsonl" in path.suffixes else (_file_text(path),)
     else:
@@ -105,35 +108,45 @@ def read_conversations(path: Path) -> tuple[list[dict[str, Any]], ...]:
 
 def has_rows(source: str | Path) -> bool:
     """Whether a source is a file with a JSON object on each line."""
-    return str(source).endswith((".jsonl", ".jsonl.gz")) and Path(source).is_file()
+    return str(source).endswith((".jsonl", ".jsonl.gz")) and is_file(source)
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether there is such a file; not for a text that no path can hold, where pathlib raises OSError."""
+    return os.path.isfile(source)  # noqa: PTH113
 
 
 def check_source(source: str) -> None:
     """Raise CalibrationError if `source` is neither a known text nor a file; nothing is read or downloaded."""
-    if source not in (MIXED, *KINDS, *DATA_SETS) and not Path(source).is_file():
+    if source not in (MIXED, *KINDS, *DATA_SETS) and not is_file(source):
         raise _unknown(source)
 
 
 def names_a_source(text: str) -> bool:
-    """Whether a calibration string is a name or a file rather than the text itself."""
-    if text == MIXED or text in KINDS or text in DATA_SETS or not any(character.isspace() for character in text):
+    """Whether a calibration string is a name or a file rather than the text itself.
+
+    A short string without white space is a name. A long one need not be: Chinese and Japanese have no spaces.
+    """
+    short = len(text) < LONGEST_NAME
+    if short and not any(character.isspace() for character in text):
         return True
-    return "\n" not in text and (text.endswith(FILE_ENDINGS) or (len(text) < 256 and Path(text).exists()))
+    return "\n" not in text and (text.endswith(FILE_ENDINGS) or os.path.exists(text))  # noqa: PTH110
 
 
 def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> str:
     """The bundled text of one of KINDS.
 
     Conversations are plain text, instruction and answer. Every second conversation uses the chat template of
-    `tokenizer`, if it has one, since chat models are used in either form.
+    `tokenizer`, if it has one that takes them, since chat models are used in either form.
     """
     if kind != CONVERSATIONS:
         return _bundled(f"{kind}.{purpose}.txt.bz2")
     conversations = bundled_conversations(purpose)
     plain = ["\n".join(message["content"] for message in messages) for messages in conversations]
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+    try:
+        written = [template_text(kind, one, tokenizer, error=CalibrationError) for one in conversations[1::2]]
+    except CalibrationError:  # no template, or one that rejects an instruction and its answer
         return "\n\n".join(plain)
-    written = [str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in conversations[1::2]]
     return "\n\n".join(plain[::2]) + "\n\n" + "".join(written)
 
 
@@ -167,13 +180,14 @@ def kind_weights(bits_per_byte: Mapping[str, float]) -> dict[str, int]:
 def _unknown(name: str) -> CalibrationError:
     known = (MIXED, *KINDS, *DATA_SETS)
     files: list[str] = []
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         files = sorted(str(file) for file in Path(name).parent.iterdir() if file.name.endswith(FILE_ENDINGS))
     near = get_close_matches(name, [*known, *files], n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    problem = "is a folder" if name and Path(name).is_dir() else "is neither a file nor a known text"
+    problem = "is a folder" if os.path.isdir(name) else "is neither a file nor a known text"  # noqa: PTH112
+    shown = name if len(name) < LONGEST_NAME else f"{name[:40]}..."
     return CalibrationError(
-        f"{name or repr(name)} {problem}",
+        f"{shown or repr(name)} {problem}",
         f"{hint}Give a {' or '.join(FILE_ENDINGS[:2])} file, or one of {', '.join(known)}",
     )
 
@@ -192,7 +206,18 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise CalibrationError(f"{place} is not JSON ({reason})", "Fix or remove the line") from error
         if not isinstance(row, dict):
             raise CalibrationError(f"{place} is not a JSON object", 'Write it as {"text": "..."}')
+        if "\\ud" in line.lower() and not _is_unicode(row):
+            raise CalibrationError(f"{place} has half of a surrogate pair", "Fix or remove the character")
         yield place, row
+
+
+def _is_unicode(row: Mapping[str, Any]) -> bool:
+    """Whether a parsed row has only characters that text can have; tokenizers fail on half of a surrogate pair."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _file_text(path: Path) -> str:
