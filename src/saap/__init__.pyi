@@ -85,7 +85,7 @@ def search(
 
     pruning_ratio: fraction of the decoder blocks' parameters. skip_layers: how many blocks to protect (first, last).
     The strategy `adaptive` measures candidates and therefore needs `prune`. Raises TargetError, and ConfigurationError
-    for scores of another importance.
+    for scores of another importance, or without those of the requested roles.
 
     pruning_ratio: Fraction of the decoder blocks' parameters to remove; several share one estimation.
     layout: adaptive: each layer its own sizes; uniform: equal sizes, opens as the stock class.

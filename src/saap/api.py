@@ -34,7 +34,7 @@ from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.inputs import open_model
 from saap.pipeline.shared.memory_limit import open_within
 from saap.pipeline.shared.progress import Reporter
-from saap.pipeline.shared.tokens import sample_length
+from saap.pipeline.shared.tokens import embedding_rows, sample_length
 from saap.settings.evaluate import EvalRequest
 from saap.settings.places import filled, models_of, places_of
 from saap.settings.prune import PruneConfig, unit_roles
@@ -118,6 +118,7 @@ def estimate(
         samples=config.samples,
         length=sample_length(opened, config),
         seed=config.seed,
+        vocabulary=embedding_rows(opened),
         bos=config.bos,
     )
     with TemporaryDirectory(prefix="saap-") as folder:

@@ -75,6 +75,18 @@ def test_a_held_out_set_leaves_the_others_what_they_insist_on():
         place("text", 87, requests, generator())
 
 
+def test_a_held_out_set_leaves_later_ones_what_they_insist_on():
+    requests = [
+        SampleRequest("scored", 2, 8),
+        SampleRequest("first", 10, 8, held_out=True, at_least=1),
+        SampleRequest("second", 10, 8, held_out=True, at_least=3),
+    ]
+    starts = place("text", 60, requests, generator())
+    assert {name: len(found) for name, found in starts.items()} == {"scored": 2, "first": 2, "second": 3}
+    with pytest.raises(CalibrationError, match="at least 48 are needed"):
+        place("text", 47, requests, generator())
+
+
 def test_a_text_that_is_too_short_names_tokens_needed_and_found():
     with pytest.raises(CalibrationError, match=r"short has 1,000 tokens, but at least 1,280 are needed"):
         place("short", 1000, [SampleRequest("samples", 10, 128)], generator())
@@ -125,9 +137,10 @@ def test_long_rows_are_cut_first():
 
 
 def test_too_few_rows_are_refused():
-    with pytest.raises(CalibrationError, match=r"2 rows\. Give at least 3"):
+    with pytest.raises(CalibrationError, match=r"only 2 image-text pairs\. Give at least 3"):
         share_rows(
             np.zeros((2, 8), dtype=np.int64),
             [SampleRequest("a", 2, 8), SampleRequest("b", 2, 8, held_out=True)],
             generator(),
+            "image-text pairs",
         )

@@ -10,6 +10,7 @@ from tests.estimation.graphs import KNOWN, graph_of, member
 from tests.estimation.tiny import OwnModel, build, token_ids
 from torch import Tensor, nn
 
+import saap
 from saap.core.errors import CalibrationError, NonFiniteLossError, UnsupportedModelError
 from saap.core.records import AxisSlice, CalibrationSet, CoupledGroup, ModelGraph, Role
 from saap.discovery import discover
@@ -202,8 +203,16 @@ def test_a_loss_that_is_no_number_names_the_sample() -> None:
 
 def test_one_sample_has_no_fluctuation() -> None:
     model = OwnModel()
-    with pytest.raises(CalibrationError, match="two"):
+    with pytest.raises(CalibrationError, match="--num-samples 2 or more"):
         estimate(Backend(model, graph_of("own", model)), calibration(samples=1))
+    with pytest.raises(CalibrationError, match="Give at least two rows"):
+        saap.estimate(model, graph_of("own", model), [[1, 2, 3]])
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    model = build("llama")
+    with pytest.raises(CalibrationError, match="token ids given gave id 99, but the model's embedding has 96 rows"):
+        saap.estimate(model, graph_of("llama", model), [[1, 2], [1, 99]])
 
 
 def test_samples_of_one_token_predict_nothing() -> None:

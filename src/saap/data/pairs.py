@@ -12,7 +12,7 @@ import numpy as np
 
 from saap.core.errors import CalibrationError, first_line
 from saap.core.records import CalibrationSet, IntArray
-from saap.data.texts import has_rows, read_rows
+from saap.data.texts import has_rows, is_file, read_rows
 from saap.data.windows import SampleRequest, share_rows
 
 MOST_PAIRS = 1024
@@ -49,7 +49,7 @@ def read_pairs(path: Path) -> tuple[Pair, ...]:
         if not isinstance(image, str) or not isinstance(text, str) or not text.strip():
             raise CalibrationError(f"{place} needs both `image` and `text`", "Give each line the two, as strings")
         file = path.parent / image
-        if not file.is_file():
+        if not is_file(file):
             raise CalibrationError(f"{place} has the image {image}, which is missing", "Put it next to the file")
         pairs.append((place, file, text))
     return tuple(pairs)
@@ -82,7 +82,7 @@ def draw_pairs(
         })  # fmt: skip
     ids = np.stack(rows)
     rows_for = [replace(one, sequences=max(2, -(-one.tokens // length)), length=1, at_least=1) for one in requests]
-    shares = share_rows(np.arange(len(ids)).reshape(-1, 1), rows_for, generator)
+    shares = share_rows(np.arange(len(ids)).reshape(-1, 1), rows_for, generator, "image-text pairs")
     return {
         name: CalibrationSet(
             sources=(str(path),), seed=seed, tokens=ids[places[:, 0]], ignored=image_ids,

@@ -79,9 +79,10 @@ def place(
         return replace(request, sequences=fitting)
 
     held: list[SampleRequest] = []
-    rest = tokens
+    rest, reserved = tokens, shared + sum(least[request.name] for request in requests if request.held_out)
     for request in (one for one in requests if one.held_out):
-        held.append(fitted(request, rest - shared))
+        reserved -= least[request.name]  # what is left is the least of the later ones and of the sets that share
+        held.append(fitted(request, rest - reserved))
         rest -= held[-1].tokens
     starts = _spread(rest, tokens, held, generator)
     for request in (one for one in requests if not one.held_out):
@@ -89,9 +90,12 @@ def place(
     return starts
 
 
-def share_rows(ids: IntArray, requests: Sequence[SampleRequest], generator: np.random.Generator) -> dict[str, IntArray]:
+def share_rows(
+    ids: IntArray, requests: Sequence[SampleRequest], generator: np.random.Generator, of: str = "rows of token ids"
+) -> dict[str, IntArray]:
     """Rows of given token ids (rows, length) dealt to the sets, each cut to windows of its length (see `draw_sets`).
 
+    of: what the rows are, for errors.
     Raises CalibrationError if there are too few rows for a held-out set and two samples of the others.
     """
     longest = max(request.length for request in requests)
@@ -111,7 +115,7 @@ def share_rows(ids: IntArray, requests: Sequence[SampleRequest], generator: np.r
             needed[name] = min(needed[name], max(1, len(ids) // (HELD_OUT_SHARE * len(held))))
         rest -= needed[name]
     if not enough and rest < 2:
-        raise CalibrationError(f"the token ids have {len(ids)} rows", f"Give at least {2 + len(held)}")
+        raise CalibrationError(f"there are only {len(ids)} {of}", f"Give at least {2 + len(held)}")
     taken: dict[str, IntArray] = {}
     used = 0
     for name in (*held, *(name for name in needed if name not in held)):

@@ -9,6 +9,7 @@ from torch import nn
 
 from saap.core.errors import CalibrationError, ConfigurationError, UnsupportedModelError
 from saap.core.records import CalibrationSet, CoupledGroup, ImportanceScores, ModelGraph, Role, UnitScores, digest_of
+from saap.data.samples import GIVEN_IDS
 from saap.estimation.importance import ELEMENT_SCORES, Scoring
 from saap.estimation.routing import module_of
 from saap.estimation.statistics import ScoreObserver
@@ -46,7 +47,10 @@ def estimate(
     """
     samples, length = calibration.tokens.shape
     if samples < 2:
-        raise CalibrationError("Fluctuation over samples needs two of them", "Use --num-samples 2 or more")
+        raise CalibrationError(
+            "Fluctuation over samples needs two of them",
+            "Give at least two rows" if calibration.sources == (GIVEN_IDS,) else "Use --num-samples 2 or more",
+        )
     graph = backend.graph
     scoring: Scoring = importance.load()
     groups = [group for group in graph.groups if group.role in roles]
