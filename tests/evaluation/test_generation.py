@@ -65,6 +65,26 @@ def test_greedy_text_repeats_itself_and_the_seed_decides_the_sampled_one() -> No
     assert generation_figures(greedy, None, tokenizer).dense_perplexity is None
 
 
+def test_the_generation_configuration_does_not_change_the_text() -> None:
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    prompts = ["The house", "A river"]
+    plain = [write(model, tokenizer, prompts, tokens=8, sampled=sampled) for sampled in (False, True)]
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.no_repeat_ngram_size = 1
+    model.generation_config.suppress_tokens = [plain[0][0].ids[0]]
+    assert [write(model, tokenizer, prompts, tokens=8, sampled=sampled) for sampled in (False, True)] == plain
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_every_end_token_of_the_model_ends_the_text() -> None:
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    (plain,) = write(model, tokenizer, ["The house"], tokens=8, sampled=True)
+    end = next(token for token in plain.ids[1:] if token != plain.ids[0])
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    (ended,) = write(model, tokenizer, ["The house"], tokens=8, sampled=True)
+    assert ended.ids == plain.ids[: plain.ids.index(end)]
+
+
 def test_a_text_that_falls_apart_is_seen_by_quarter() -> None:
     tokenizer = tiny.tokenizer()
     last = tokenizer("The house")["input_ids"][-1]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from saap.core.errors import EvaluationError, ModelError
 from saap.core.evaluation_records import ClozeFigures, GenerationFigures
 from saap.data.texts import read_rows
 from saap.evaluation.perplexity import model_logits
+from saap.models.loading.pretrained import end_tokens, plain_generation
 from saap.models.walk.probe import check_reads
 
 BUNDLED = "bundled"
@@ -35,7 +37,7 @@ class Prompt(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """Continuation of one prompt. ids: its tokens without the end token."""
+    """Continuation of one prompt. ids: its tokens up to the first end token."""
 
     prompt: str
     text: str
@@ -102,25 +104,25 @@ def write(
 ) -> list[Written]:
     """Continuations of at most `tokens` tokens: greedy, or sampled at temperature 1 with top-p 0.95.
 
-    With the same seed, each prompt gets the same random numbers with every model. Raises ModelError for a model that
-    cannot generate.
+    Penalties and other settings of the model's generation configuration do not apply. With the same seed, each prompt
+    gets the same random numbers with every model. Raises ModelError for a model that cannot generate.
     """
     if not hasattr(model, "generate"):
         raise ModelError(f"{type(model).__name__} has no `generate`", "Use a transformers model")
     device = next(model.parameters()).device
-    end = tokenizer.eos_token_id
-    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ends = end_tokens(model, tokenizer)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = {"temperature": 1.0, "top_p": TOP_P, "top_k": 0} if sampled else {}
     written = []
     for index, prompt in enumerate(prompts):
         ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
         torch.manual_seed(seed + index)
-        made = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=padding,
-            do_sample=sampled, **sampling,
-        )[0, ids.shape[1] :].tolist()  # fmt: skip
-        if end in made:
-            made = made[: made.index(end)]
+        with plain_generation(model, ends):
+            made = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=padding,
+                do_sample=sampled, **sampling,
+            )[0, ids.shape[1] :].tolist()  # fmt: skip
+        made = list(takewhile(lambda token: token not in ends, made))
         text = str(tokenizer.decode(made, skip_special_tokens=True))
         written.append(Written(prompt=prompt, text=text, ids=tuple(made)))
     return written

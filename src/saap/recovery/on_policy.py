@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
 
 from saap.core.records import IntArray
 from saap.data.training import Example
+from saap.models.loading.pretrained import plain_generation
 
 BEGINNING = 32
 """Tokens that a plain text keeps."""
@@ -47,26 +46,15 @@ def continued(
     padded = partial(pad_sequence, batch_first=True, padding_side="left")
     ids, mask = padded(prompts).to(device), padded([torch.ones_like(prompt) for prompt in prompts]).to(device)
     most = min(WRITTEN, length - ids.shape[1])
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _plain_sampling(model):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), plain_generation(model, ends):
         torch.manual_seed(seed)
         made = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=True, top_k=0,
-            eos_token_id=sorted(ends) or None, pad_token_id=0,
+            pad_token_id=0,
         )  # fmt: skip
     for place, row in zip(places, made[:, ids.shape[1] :].cpu().numpy(), strict=True):
         found[place] = _joined(beginnings[place], row, ends)
     return found
-
-
-@contextmanager
-def _plain_sampling(model: Any) -> Iterator[None]:
-    """Sampling from the model's own distribution, whatever its generation configuration asks for."""
-    usual = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = usual
 
 
 def _joined(beginning: IntArray, written: IntArray, ends: Collection[int]) -> Example:

@@ -171,6 +171,20 @@ def end_tokens(model: Any, tokenizer: Any | None) -> set[int]:
     return {int(index) for index in (*listed, getattr(tokenizer, "eos_token_id", None)) if index is not None}
 
 
+@contextmanager
+def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
+    """Context in which `generate` uses the model's own distribution, whatever its generation configuration says.
+
+    ends: the tokens that end a text.
+    """
+    usual = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
+    try:
+        yield
+    finally:
+        model.generation_config = usual
+
+
 def load_processor(folder: Path) -> Any | None:
     """The processor of the model in `folder`, None if it has none. Raises ModelError for bad files."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
