@@ -93,10 +93,13 @@ def check_tasks(names: Sequence[str], data: Path | None, limit: int | None = Non
     """Raise EvaluationError early for anything that `evaluate_tasks` could not find or read."""
     if limit is not None and limit < 1:
         raise EvaluationError(f"--limit {limit} keeps no question", "Give at least 1")
-    known = sorted(_task_manager().all_tasks)
+    known = sorted(_task_manager().all_subtasks)
+    groups = {*_task_manager().all_groups, *_task_manager().all_tags}
     for name in names:
         if data is not None:
             read_records(local_file(data, name), limit)
+        elif name in groups.difference(known):
+            raise EvaluationError(f"{name} is a group of tasks", "Specify its tasks one by one")
         elif name not in known:
             raise EvaluationError(f"the task {name!r} is unknown", f"{_near(name, known)}{', '.join(PAPER_TASKS)}")
 
@@ -114,21 +117,24 @@ def evaluate_tasks(
 
     names: of multiple-choice tasks. data: folder with files TASK.SPLIT.jsonl; None: the rows come from the hub. limit:
     only the first questions in file order. progress: called with the numbers of finished and all tasks. Raises
-    EvaluationError if the harness is not installed, a task is unknown, a record is malformed, or the rows cannot be
-    downloaded.
+    EvaluationError before the first task is scored: if the harness is not installed, a task is unknown or of another
+    kind, a record is malformed, or the rows cannot be downloaded.
     """
     _task_manager()  # raises if the harness is missing
     with _quiet():
         from lm_eval.models.huggingface import HFLM
 
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, backend="causal")
+    paths = {name: None if data is None else local_file(data, name) for name in names}
+    tasks = {
+        name: _hub_task(name) if path is None else _local_task(name, read_records(path, limit))
+        for name, path in paths.items()
+    }
     results = {}
-    for index, name in enumerate(names):
-        path = None if data is None else local_file(data, name)
-        task = _hub_task(name) if path is None else _local_task(name, read_records(path, limit))
-        results[name] = _result(task, wrapped, limit, "hub" if path is None else path.name)
+    for index, (name, path) in enumerate(paths.items()):
+        results[name] = _result(tasks[name], wrapped, limit, "hub" if path is None else path.name)
         if progress is not None:
-            progress(index + 1, len(names))
+            progress(index + 1, len(paths))
     return results
 
 
@@ -181,6 +187,8 @@ def _hub_task(name: str) -> Any:
             f"the rows of {name} cannot be fetched ({first_line(error)})",
             "Connect to the network, or give --task-data DIR",
         ) from error
+    if task.OUTPUT_TYPE != "multiple_choice":
+        raise EvaluationError(f"{name} is not a multiple-choice task", f"Use some of {', '.join(PAPER_TASKS)}")
     return task
 
 
@@ -211,8 +219,6 @@ def _result(task: Any, model: Any, limit: int | None, source: str) -> TaskResult
     from lm_eval import evaluator
 
     name = str(task.config.task)
-    if task.OUTPUT_TYPE != "multiple_choice":
-        raise EvaluationError(f"{name} is not a multiple-choice task", f"Use some of {', '.join(PAPER_TASKS)}")
     with _quiet(), torch.no_grad():
         found = evaluator.simple_evaluate(
             model=model, tasks=[task], num_fewshot=0, limit=limit, task_manager=_task_manager()
@@ -222,7 +228,9 @@ def _result(task: Any, model: Any, limit: int | None, source: str) -> TaskResult
     measured: dict[str, Any] = {}
     for metric, answers in (("acc", "correct"), ("acc_norm", "correct_norm")):
         if f"{metric},none" in figures:
-            measured |= {name: float(figures[f"{name},none"]) for name in (metric, f"{metric}_stderr")}
+            error = figures[f"{metric}_stderr,none"]  # "N/A" for a single question
+            measured |= {metric: float(figures[f"{metric},none"])}
+            measured |= {f"{metric}_stderr": 0.0 if error == "N/A" else float(error)}
             measured[answers] = tuple(int(sample[metric]) for sample in samples)
     chance = sum(1 / len(task.doc_to_choice(sample["doc"])) for sample in samples) / len(samples)
     return TaskResult(**measured, chance=chance, questions=len(samples), source=source)
