@@ -38,10 +38,13 @@ def evaluate(
         )
     from saap.cli.show.evaluate import print_eval
     from saap.cli.show.output import make_reporter, show
+    from saap.export.placing import check_file
     from saap.pipeline.evaluate.run import evaluate_model, write_report
 
+    if output.out is not None:
+        check_file(output.out, 0, overwrite=True)
     with make_reporter(display) as reporter:
         report = evaluate_model(model, request, options, reporter).as_dict()
+    show(display, report, lambda: print_eval(report))  # first: a report that cannot be written loses nothing
     if output.out is not None:
         write_report(output.out, report)
-    show(display, report, lambda: print_eval(report))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,12 @@ from saap.core.evaluation_records import ChatPerplexity
 from saap.data.texts import answer_turns
 from saap.evaluation.generation import continuation
 from saap.models.walk.probe import read_at_once
+
+
+def check_conversations(tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Raise EvaluationError early for conversations that `chat_perplexity` could not use."""
+    if not list(_answers(tokenizer, conversations)):
+        raise _no_answers()
 
 
 def chat_perplexity(
@@ -28,13 +34,21 @@ def chat_perplexity(
     """
     max_tokens = read_at_once(model, max_tokens)
     losses = []
-    for conversation in conversations:
-        for texts in answer_turns("a conversation", conversation, tokenizer, error=EvaluationError):
-            context, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
-            answer = answer[: max_tokens - 1]
-            if context and answer:
-                losses.append(continuation(model, context[-(max_tokens - len(answer)) :], answer)[0])
+    for texts in _answers(tokenizer, conversations):
+        context, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+        answer = answer[: max_tokens - 1]
+        if context and answer:
+            losses.append(continuation(model, context[-(max_tokens - len(answer)) :], answer)[0])
     if not losses:
-        raise EvaluationError("the conversations have no turn of an assistant", "Give messages with role `assistant`")
+        raise _no_answers()
     nll = float(torch.cat(losses).mean())
     return ChatPerplexity(value=math.exp(nll), nll=nll, tokens=sum(map(len, losses)), turns=len(losses))
+
+
+def _answers(tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> Iterator[tuple[str, str]]:
+    for conversation in conversations:
+        yield from answer_turns("a conversation", conversation, tokenizer, error=EvaluationError)
+
+
+def _no_answers() -> EvaluationError:
+    return EvaluationError("the conversations have no turn of an assistant", "Give messages with role `assistant`")

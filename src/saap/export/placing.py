@@ -47,7 +47,7 @@ def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
 def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
     """Raise OutputError early if the file could not be written later."""
     if out.is_dir():
-        raise OutputError(f"{out} is a folder", "Name the file to write, e.g. --out model.gguf")
+        raise OutputError(f"{out} is a folder", "Name the file to write")
     if out.exists() and not overwrite:
         raise OutputError(f"The file {out} exists", "Choose another --out, or use --overwrite")
     check_place(out, needed_bytes)

@@ -20,15 +20,23 @@ from saap.core.storage import write_whole
 from saap.data import texts
 from saap.data.samples import leading_ids, token_stream
 from saap.evaluation import generation
-from saap.evaluation.chat import chat_perplexity
+from saap.evaluation.chat import chat_perplexity, check_conversations
 from saap.evaluation.perplexity import bits_per_byte, perplexity
 from saap.evaluation.speed import Source
 from saap.evaluation.zero_shot import check_tasks, evaluate_tasks
 from saap.models.loading.devices import quick_float32_products, rounded_products
+from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel
 from saap.models.walk.probe import check_runs
 from saap.pipeline.evaluate.speed import compare_speeds
-from saap.pipeline.shared.dense_model import DenseChoice, keep_tokens_of, manifest_of, resolve_dense, tokens_of
+from saap.pipeline.shared.dense_model import (
+    DenseChoice,
+    check_same_tokens,
+    keep_tokens_of,
+    manifest_of,
+    resolve_dense,
+    tokens_of,
+)
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, resolve_with_tokenizer
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import LOAD
@@ -56,6 +64,18 @@ def evaluate_model(
     streams = read_streams(request, tokenizer)
     conversations = () if request.chat is None else texts.read_conversations(request.chat)
     run = _Evaluation(request, options, reporter, streams, conversations, prompts)
+    run.check_conversations(tokenizer)
+    vocabulary = tokens_of(opened) if isinstance(opened, ResolvedModel) else None
+    dense_run, dense_tokenizer = run, None
+    if dense_ref is not None and (prompts or request.dense is not None):
+        dense_tokenizer = load_tokenizer(dense_ref)
+        if dense_tokenizer is None and vocabulary is None:
+            dense_tokenizer = tokenizer
+        elif prompts and vocabulary is None:
+            check_same_tokens(tokenizer, dense_tokenizer, dense_ref.source)
+        if request.dense is not None:  # its own tokens, since another model may split the texts otherwise
+            dense_run = replace(run, streams=read_streams(request, dense_tokenizer))
+            dense_run.check_conversations(dense_tokenizer)
     reporter.stage(LOAD.title)
     loaded = run.opened(opened, tokenizer)
     more: dict[str, Any] = {"command": typed_command(), "versions": recorded_versions()}
@@ -64,11 +84,9 @@ def evaluate_model(
         dense = None
         if dense_ref is not None and (prompts or request.dense is not None):
             reporter.stage(f"load the dense model {dense_ref.source}")
-            dense = run.opened(dense_ref, None, loaded.tokenizer)
-            vocabulary = tokens_of(opened) if isinstance(opened, ResolvedModel) else None
+            dense = dense_run.opened(dense_ref, dense_tokenizer, loaded.tokenizer)
             if request.dense is not None:
-                own = run if vocabulary is None else replace(run, streams=read_streams(request, dense.tokenizer))
-                more["dense"] = own.measure(dense)
+                more["dense"] = dense_run.measure(dense)
             keep_tokens_of(dense.model, vocabulary)
         if request.prompts is not None:
             more["generation"] = run.generate(loaded, dense)
@@ -102,6 +120,11 @@ def check_request(request: EvalRequest) -> tuple[generation.Prompt, ...]:
         request.speed.runtime.check()
     if request.tasks:
         check_tasks(request.tasks, request.task_data, request.limit)
+    for source in request.texts:
+        if source != generation.BUNDLED:
+            texts.check_source(source)
+    if request.chat is not None:
+        texts.read_conversations(request.chat)
     return () if request.prompts is None else generation.read_prompts(request.prompts)
 
 
@@ -126,8 +149,10 @@ def read_streams(request: EvalRequest, tokenizer: Any | None) -> dict[str, IntAr
 
 def requested_perplexity(model: nn.Module, tokenizer: Any | None, request: EvalRequest, ids: IntArray) -> Perplexity:
     """Perplexity in the windows of a request."""
+    # a stride of one window means consecutive windows, also where a leading token takes a place in each
+    stride = None if request.stride == request.window else request.stride
     return perplexity(
-        model, ids, window=request.window, stride=request.stride, max_tokens=request.max_tokens,
+        model, ids, window=request.window, stride=stride, max_tokens=request.max_tokens,
         leading=leading_ids(tokenizer, bos=request.bos),
     )  # fmt: skip
 
@@ -150,6 +175,11 @@ class _Evaluation:
     streams: Mapping[str, IntArray]
     conversations: Sequence[Sequence[dict[str, Any]]]
     prompts: Sequence[generation.Prompt]
+
+    def check_conversations(self, tokenizer: Any | None) -> None:
+        """Raise EvaluationError for conversations that a model with this tokenizer cannot be measured on."""
+        if self.conversations:
+            check_conversations(tokenizer, self.conversations)
 
     def opened(
         self, source: nn.Module | ResolvedModel, tokenizer: Any | None, other_tokenizer: Any | None = None

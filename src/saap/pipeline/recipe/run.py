@@ -18,7 +18,6 @@ from saap.core.storage import read_plan
 from saap.data.texts import check_source
 from saap.discovery import discover
 from saap.discovery.blocks import find_blocks
-from saap.evaluation.generation import BUNDLED
 from saap.export.packages import check_packages
 from saap.export.placing import check_place
 from saap.models.checkpoint.groupwise import linears_inside
@@ -328,6 +327,3 @@ def _check_texts(recipe: Recipe) -> None:
         check_source(source)
     for request in recipe.eval.values():
         check_request(request)
-        for source in request.texts:
-            if source != BUNDLED:
-                check_source(source)

@@ -70,6 +70,19 @@ def tokenizer_with(dense: ResolvedModel, vocabulary: VocabularyMap | None) -> An
     return tokenizer if tokenizer is None or vocabulary is None else cut_tokenizer(tokenizer, vocabulary.old_ids)
 
 
+def check_same_tokens(tokenizer: Any, dense_tokenizer: Any, source: str) -> None:
+    """Raise ModelError if ids that both tokenizers have mean different tokens. source: of the dense model.
+
+    Then the models cannot read each other's text. One of them may have further tokens.
+    """
+    ours, theirs = ({index: token for token, index in one.get_vocab().items()} for one in (tokenizer, dense_tokenizer))
+    if any(ours[index] != theirs[index] for index in ours.keys() & theirs.keys()):
+        raise ModelError(
+            f"{source} has another vocabulary than the evaluated model, so it cannot evaluate its generated text",
+            "Specify a --dense with the same tokenizer, or leave out --generation and --prompts",
+        )
+
+
 def keep_tokens_of(dense: nn.Module, vocabulary: VocabularyMap | None) -> None:
     """Cut the dense model, in place, to the tokens of its pruned one, so that the same ids mean the same.
 
