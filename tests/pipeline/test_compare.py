@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from tests.pipeline import tiny
 
 from saap.cli import app as cli
-from saap.core.errors import ConfigurationError, StaleInputError, TargetError
+from saap.core.errors import ConfigurationError, OutputError, StaleInputError, TargetError
 from saap.core.evaluation_records import Comparison
 from saap.pipeline.compare import run
 from saap.pipeline.shared.inputs import RunOptions
@@ -123,6 +124,33 @@ def test_rows_of_other_settings_are_not_taken_for_these(source, done) -> None:
     config = request_for(folder).config.model_copy(update={"samples": 5})
     with pytest.raises(StaleInputError, match="another --out"):
         compare(source, request_for(folder, config=config), RunOptions(device="cpu"), folder / "out")
+
+
+def test_rows_of_a_changed_text_are_not_taken_for_these(source, tmp_path) -> None:
+    text = tiny.text_file(tmp_path / "text.txt")
+    asking = request_for(tmp_path, methods=(MethodChoice(method=Method.RANDOM),), restorations=(False,), task_ratios=())
+    one = {"pruning_ratios": (0.1,)}
+    for changes in (
+        {"config": asking.config.model_copy(update={**one, "calibration": (str(text),)})},
+        {
+            "config": asking.config.model_copy(update=one),
+            "evaluation": asking.evaluation.model_copy(update={"texts": (str(text),), "tasks": (), "task_data": None}),
+        },
+    ):
+        out, wanted = tmp_path / f"out-{len(changes)}", asking.model_copy(update=changes)
+        first = compare(source, wanted, RunOptions(device="cpu"), out)
+        assert compare(source, wanted, RunOptions(device="cpu"), out)["rows"] == first["rows"]
+        text.write_text(text.read_text()[1:])
+        with pytest.raises(StaleInputError, match="another --out"):
+            compare(source, wanted, RunOptions(device="cpu"), out)
+
+
+def test_two_comparisons_do_not_share_a_folder(source, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / "lock"), pytest.raises(OutputError, match="Another run is at work"):
+        compare(source, request_for(tmp_path), RunOptions(device="cpu"), out)
+    assert not (out / "rows").exists()
 
 
 def test_tables(done) -> None:

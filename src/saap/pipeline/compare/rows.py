@@ -15,6 +15,7 @@ from saap.core.evaluation_records import ComparedModel, ComparisonRow, DenseRow
 from saap.core.records import ModelGraph, digest_of
 from saap.core.storage import write_whole
 from saap.evaluation.zero_shot import local_file
+from saap.pipeline.shared.digests import named_files
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.compare import CompareRequest
 from saap.settings.evaluate import EvalRequest
@@ -36,17 +37,18 @@ class RowStore:
     request: CompareRequest
 
     def open(self, graph: ModelGraph) -> None:
-        """Create the folder, or resume in a folder with the same settings.
+        """Create the folder, or resume in a folder with the same settings and texts.
 
-        Raises StaleInputError if its rows have other settings of the comparison or the tasks, OutputError if the folder
-        contains anything else.
+        Raises StaleInputError if its rows have other settings or files of the comparison or the tasks, OutputError if
+        the folder contains anything else.
         """
         config = self.request.config.model_dump(mode="json", exclude={"pruning_ratios", "seed", "method"})
         evaluation = self.request.evaluation
         defaults = {name: EvalRequest.model_fields[name].default for name in _OF_TASKS}
         texts = {name: str(value) for name, value in evaluation.model_copy(update=defaults).model_dump().items()}
+        files = named_files([config, list(evaluation.texts)])
         try:
-            WorkFolder(self.folder).open(digest_of([config, texts, graph.digest]))
+            WorkFolder(self.folder).open(digest_of([config, texts, graph.digest, *([files] if files else [])]))
         except (OutputError, StaleInputError) as error:
             raise type(error)(error.offender, REMEDY) from None
         there, requested = self.dense(), _task_settings(evaluation)

@@ -22,6 +22,7 @@ from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
 from saap.models.loading.devices import copied, quick_float32_products
 from saap.models.walk.probe import check_runs, trial_ids
+from saap.models.walk.processes import Processes
 from saap.pipeline.compare.rows import RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, read_streams, requested_perplexity
 from saap.pipeline.prune.baselines import baseline_of, for_method, measurements
@@ -56,8 +57,8 @@ def compare(
     """Prune with every method, ratio, seed and reconstruction, measure each, and write it all to `out`.
 
     Finished rows are kept when the same comparison runs again. Finished rows of other methods, ratios and seeds in
-    `out` are part of the result too. Returns the content of `comparison.json`. Raises SaapError for invalid requests
-    before anything is measured.
+    `out` are part of the result too. Returns the content of `comparison.json`. Raises SaapError for invalid requests,
+    and if another run is at work in `out`, before anything is measured.
     """
     meter = Meter(reporter if reporter is not None else Silent(), place_of(source, options))
     _check(request)
@@ -78,16 +79,16 @@ def compare(
                 check_reachable(graph, target.budget, search_space(loaded.model, graph, config))
     bench = _Bench(loaded, graph, request, streams, meter, RowStore(out, request))
     bench.rows.open(graph)
-    with quick_float32_products():
+    with WorkFolder(out).alone(Processes()), quick_float32_products():
         dense = bench.dense_row()
         for seed in request.seeds:
             bench.make_rows(seed, options, dense)
-    result = Comparison(
-        model=loaded.ref.source, dense=dense, rows=bench.rows.finished(), command=typed_command(),
-        settings=request.config.model_dump(mode="json"), versions=recorded_versions(),
-    )  # fmt: skip
-    write_whole(out / COMPARISON, (result.model_dump_json(indent=1) + "\n").encode())
-    shutil.rmtree(out / "work", ignore_errors=True)
+        result = Comparison(
+            model=loaded.ref.source, dense=dense, rows=bench.rows.finished(), command=typed_command(),
+            settings=request.config.model_dump(mode="json"), versions=recorded_versions(),
+        )  # fmt: skip
+        write_whole(out / COMPARISON, (result.model_dump_json(indent=1) + "\n").encode())
+        shutil.rmtree(out / "work", ignore_errors=True)
     return result
 
 
