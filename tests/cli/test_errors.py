@@ -15,6 +15,8 @@ from tests.command import run
 from tests.pipeline import tiny
 from tests.processes import python
 
+from saap.cli import app
+
 FAST = ["--effort", "fast", "--num-samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
 
 
@@ -198,3 +200,14 @@ def test_a_plan_of_another_model(capsys, tmp_path, source) -> None:
 def edit_config(folder: Path, **changes: object) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("command", ["prune", "recover", "compare", "run", "eval", "export", "chat", "demo"])
+def test_an_interrupt_promises_to_resume_only_what_resumes(capsys, monkeypatch, command) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "app", interrupted)
+    code, _, error = run(capsys, command, "somewhere")
+    assert (code, error.startswith("interrupted")) == (130, True)
+    assert ("resumes" in error) is (command in ("prune", "recover", "compare", "run"))

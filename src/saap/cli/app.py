@@ -27,6 +27,8 @@ COMMANDS = {
     "demo": ("demo", "Prune a small real model by 20 % and show the result."),
 }
 """Commands: the module, imported when the command is called, and the summary line."""
+RESUMABLE = {"prune", "recover", "compare", "run"}
+"""Commands that resume after an interrupt."""
 
 
 class Commands(click.Group):
@@ -81,7 +83,9 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx is not None else "saap"
         leave(2, f"error: {error.format_message().rstrip('.')}. See `{command} --help`.")
     except (KeyboardInterrupt, click.Abort):
-        leave(130, "interrupted: finished stages are kept; the same command resumes from there.")
+        resumes = not RESUMABLE.isdisjoint(sys.argv[1:2])
+        kept = ": finished stages are kept; the same command resumes from there." if resumes else "."
+        leave(130, f"interrupted{kept}")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

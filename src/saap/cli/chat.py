@@ -19,6 +19,7 @@ from saap.settings.setting import Flag, Only, Settings
 
 web_flag = partial(Flag, panel="Web page")
 RESET = "/reset"
+INTERRUPTED = "The answer was interrupted; Ctrl-C now ends the chat."
 ADDRESS = "127.0.0.1"
 """Of the page: this machine alone."""
 
@@ -45,6 +46,7 @@ def chat(
     """Chat with MODEL and the dense model that it was pruned from, with their tokens/s and the memory of their weights.
 
     Questions are lines of the standard input, and each model keeps its own conversation; /reset begins a new one.
+    Ctrl-C ends an answer, and at a question the program.
     """
     if place.web is not None:
         _check_web(place.web.port)
@@ -93,6 +95,7 @@ def _talk(speakers: tuple[Any, ...], settings: GenerationSettings) -> None:
             turns = empty
             continue
         now = with_question(turns, question)
+        last.clear()
         try:
             if sys.stdout.isatty():
                 draw_columns(
@@ -102,6 +105,11 @@ def _talk(speakers: tuple[Any, ...], settings: GenerationSettings) -> None:
             else:
                 print_in_turn(rounds(now), {label: heading(label, size) for label, size in weights.items()})
             turns = with_answers(now, last)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            turns = with_answers(now, last) if last else turns
+            print(f"\n{INTERRUPTED}", file=sys.stderr)
         except SaapError as error:
             if not sys.stdin.isatty():
                 raise
