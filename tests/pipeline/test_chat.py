@@ -7,6 +7,7 @@ import io
 import json
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from tests.pipeline import tiny
 from saap.cli import app as cli
 from saap.core.errors import UnsupportedModelError
 from saap.evaluation.generation import message_ids
-from saap.pipeline.evaluate.chat import replies, with_answers, with_question
+from saap.pipeline.evaluate import chat
+from saap.pipeline.evaluate.chat import Reply, Turns, replies, with_answers, with_question
 from saap.pipeline.evaluate.generate import Speaker, continued
 from saap.settings.evaluate import GenerationSettings
 
@@ -117,6 +119,42 @@ def test_without_its_dense_model_it_chats_alone(tmp_path: Path, run: Run) -> Non
     assert (code, text.startswith("dense, "), "pruned, " in text, "note:" in note) == (0, True, True, False)
 
 
+class Terminal(io.StringIO):
+    """Lines that someone types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_interrupt_ends_one_answer_and_not_the_chat(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = family_folder(tmp_path / "model", "llama")
+    asked: list[Turns] = []
+
+    def interrupted(speakers: tuple[Speaker, ...], turns: Turns, settings: object) -> Iterator[dict[str, Reply]]:
+        asked.append(turns)
+        if len(asked) == 3:
+            raise KeyboardInterrupt  # before anything is written
+        yield {"answer": Reply(text=f"answer {len(asked)}", tokens=2)}
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "replies", interrupted)
+    monkeypatch.setattr(sys, "argv", ["saap", "chat", str(source), "--device", "cpu"])
+    monkeypatch.setattr(sys, "stdin", Terminal("One\nTwo\nThree\nFour\n"))
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert (left.value.code or 0, capsys.readouterr().err.count("interrupted")) == (0, 2)
+    assert [message["content"] for message in asked[-1]["answer"]] == ["One", "answer 1", "Two", "answer 2", "Four"]
+    asked.clear()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One\nTwo\n"))
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert (left.value.code, len(asked)) == (130, 1)
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted."
+
+
 def test_what_cannot_be_served_is_refused_before_a_model_is_opened(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = Path("nowhere")
     found = importlib.util.find_spec
@@ -133,6 +171,18 @@ def test_what_cannot_be_served_is_refused_before_a_model_is_opened(run: Run, mon
     assert (code, "Add --web" in error) == (2, True)
     code, _, error = run(nowhere, "--dense", "a", "--no-dense")
     assert (code, "Give one of the two" in error) == (2, True)
+
+
+@pytest.mark.skipif("gradio" in MISSING, reason="not installed: gradio")
+def test_an_answer_is_plain_text_and_a_new_conversation_ends_it() -> None:
+    from saap.cli.show.chat_page import chat_page
+
+    page = chat_page((speaker("dense"), speaker("pruned", 3)), SHORT).get_config_file()
+    boxes = [one["props"]["render_markdown"] for one in page["components"] if one["type"] == "chatbot"]
+    assert boxes == [False, False]
+    asked, reset, *others = page["dependencies"]
+    ended = [one["targets"] for one in (reset, *others) if one["cancels"] == [asked["id"]]]
+    assert ended == [reset["targets"]]
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")

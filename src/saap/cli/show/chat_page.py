@@ -42,13 +42,20 @@ def chat_page(speakers: tuple[Speaker, ...], settings: GenerationSettings) -> An
         turns = gr.State(empty)
         with gr.Row():
             boxes = [
-                gr.Chatbot(label=heading(one.label, one.weights), height="70vh", buttons=["copy"]) for one in speakers
+                # plain text, so that no answer makes the browser fetch an image from elsewhere
+                gr.Chatbot(
+                    label=heading(one.label, one.weights), height="70vh", buttons=["copy"], render_markdown=False
+                )
+                for one in speakers
             ]
         question = gr.Textbox(label="Question", placeholder="Enter sends it to every model", autofocus=True)
         reset = gr.Button("New conversation")
-        question.submit(answer, [question, turns], [question, turns, *boxes], show_progress="hidden")
+        asked = question.submit(answer, [question, turns], [question, turns, *boxes], show_progress="hidden")
         anew = [reset.click, *(box.clear for box in boxes)]  # the bin of one column clears all
-        gr.on(anew, lambda: ["", empty, *columns(empty)], None, [question, turns, *boxes], show_progress="hidden")
+        gr.on(
+            anew, lambda: ["", empty, *columns(empty)], None, [question, turns, *boxes], show_progress="hidden",
+            cancels=[asked],
+        )  # fmt: skip
     return page
 
 
