@@ -121,8 +121,27 @@ def test_a_comparison_page(tmp_path) -> None:
     assert "3 methods" in page.summary
     assert "saap stays nearest with 1.40 times its perplexity" in page.summary
     names = [figure.name for figure in page.figures]
-    assert names == ["ratio-cut-text-txt", "ratio-restored-text-txt", "gain-text-txt", "kept-0-1", "kept-0-2", "speed",
-                     "cost"]  # fmt: skip
+    assert names == ["ratio-cut-text-txt", "ratio-restored-text-txt", "gain-text-txt", "kept-0-1", "kept-0-2",
+                     "speed-by-ratio", "cost"]  # fmt: skip
+
+
+def test_ratios_are_written_with_their_digits(tmp_path) -> None:
+    content = json.dumps(comparison()).replace('"ratio": 0.2', '"ratio": 0.125')
+    (tmp_path / "comparison.json").write_text(content)
+    page = build_page(tmp_path)
+    assert [tile for tile, label in page.tiles if label == "of the blocks removed"] == ["10%, 12.5%"]
+    write_page(page, tmp_path / "page.html", tmp_path / "figures")
+    shown = (tmp_path / "page.html").read_text()
+    assert ("12.5% removed" in shown, "12%" in shown) == (True, False)
+    for name in ("ratio-cut-text-txt", "speed-by-ratio"):
+        assert ">12.5%<" in (tmp_path / "figures" / f"{name}.svg").read_text()
+
+
+def test_a_comparison_with_a_speed_measurement_has_no_two_figures_of_one_name(evaluation, tmp_path) -> None:
+    page = build_page(comparison_folder(tmp_path), [evaluation])
+    names = [figure.name for figure in page.figures]
+    assert {"speed", "speed-by-ratio"} < set(names)
+    assert len(set(names)) == len(names)
 
 
 @needs_browser

@@ -10,7 +10,7 @@ from saap.reporting.comparison_tables import comparison_table, ratio_table, task
 from saap.reporting.figures import Figure, words
 from saap.reporting.page import Page, Section
 from saap.reporting.sections import environment_section, evaluation_sections
-from saap.reporting.tables import number, short
+from saap.reporting.tables import number, percent, short
 
 
 def comparison_page(comparison: Comparison, reports: Sequence[EvalReport]) -> Page:
@@ -26,7 +26,7 @@ def comparison_page(comparison: Comparison, reports: Sequence[EvalReport]) -> Pa
     said = {"methods": count, "model": comparison.model, "text": short(first), "ratio": ratio, "best": best}
     tiles = [
         (str(count), "methods"),
-        (", ".join(f"{ratio:.0%}" for ratio in comparison.ratios), "of the blocks removed"),
+        (", ".join(map(percent, comparison.ratios)), "of the blocks removed"),
         (f"{dense.parameters:,}", "parameters of the dense model"),
         (number(dense.perplexity[first].value, 2), f"its perplexity on {short(first)}"),
     ]
@@ -35,7 +35,7 @@ def comparison_page(comparison: Comparison, reports: Sequence[EvalReport]) -> Pa
         *(
             Section(
                 name=f"tasks-{ratio:g}".replace(".", "-"),
-                title=f"Questions answered without examples, {ratio:.0%} removed",
+                title=f"Questions answered without examples, {percent(ratio)} removed",
                 figures=drawn.kept_above_chance(comparison, ratio),
                 tables=[("Accuracy and standard error", task_table(comparison, ratio))],
             )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saap.core.evaluation_records import Comparison, ComparisonRow
-from saap.reporting.tables import Table, accuracy, number, short
+from saap.reporting.tables import Table, accuracy, number, percent, short
 
 
 def merged_over_seeds(rows: Sequence[ComparisonRow]) -> Mapping[tuple[str, float, bool], list[ComparisonRow]]:
@@ -67,7 +67,7 @@ def ratio_table(comparison: Comparison, text: str, restored: bool) -> Table:
             found[method][ratio] = _cell([row.ratios[text] for row in same])
     ratios = sorted({ratio for cells in found.values() for ratio in cells})
     rows = [[method, *(cells.get(ratio, "") for ratio in ratios)] for method, cells in found.items()]
-    return ["method", *(f"{ratio:.0%}" for ratio in ratios)], rows
+    return ["method", *map(percent, ratios)], rows
 
 
 def _cell(values: Sequence[float | None], digits: int = 3) -> str:

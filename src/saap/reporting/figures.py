@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 
 from saap.core.errors import EvaluationError, printable
+from saap.reporting.tables import percent
 
 INK = "#010203"
 """Placeholder for the text colour: replaced by `currentColor` in the page, by black in files."""
@@ -71,7 +72,7 @@ def slug(text: str) -> str:
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    environment.filters["n"] = format
+    environment.filters |= {"n": format, "percent": percent}
     return environment.from_string((resources.files("saap.reporting") / "words.jinja").read_text(encoding="utf-8"))
 
 

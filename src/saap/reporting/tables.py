@@ -28,6 +28,11 @@ def number(value: float | None, digits: int = 3, factor: float = 1) -> str:
     return f"{factor * value:.{digits}f}" if abs(factor * value) < 1000 else f"{factor * value:.2e}"
 
 
+def percent(ratio: float) -> str:
+    """A pruning ratio in percent, with as many digits as it has."""
+    return f"{100 * ratio:g}%"
+
+
 def accuracy(result: TaskResult) -> str:
     """Accuracy and standard error of a task."""
     return f"{result.acc:.3f} ± {result.acc_stderr:.3f}"
