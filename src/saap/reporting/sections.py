@@ -21,13 +21,7 @@ from saap.core.manifest import RunManifest
 from saap.reporting import model_figures
 from saap.reporting.figures import words
 from saap.reporting.page import Section
-from saap.reporting.tables import accuracy, names_apart, number, short
-
-MEASURES = (
-    ("distinct_1", "distinct words, %", 100), ("distinct_2", "distinct pairs, %", 100),
-    ("distinct_3", "distinct triples, %", 100), ("repetition", "repeated, %", 100), ("tokens", "tokens", 1),
-    ("dense_perplexity", "perplexity under the dense model", 1),
-)  # fmt: skip
+from saap.reporting.tables import MEASURES, accuracy, names_apart, number, short
 
 
 def evaluation_sections(reports: Sequence[EvalReport]) -> list[Section]:

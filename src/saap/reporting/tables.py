@@ -15,6 +15,13 @@ from saap.core.storage import write_whole
 Table = tuple[list[str], list[list[str]]]
 """Headings and rows."""
 
+MEASURES = (
+    ("distinct_1", "distinct words, %", 100), ("distinct_2", "distinct pairs, %", 100),
+    ("distinct_3", "distinct triples, %", 100), ("repetition", "repeated, %", 100), ("tokens", "tokens", 1),
+    ("dense_perplexity", "perplexity under the dense model", 1),
+)  # fmt: skip
+"""Measures of generated text: field, label, factor of the shown number."""
+
 _LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#",
     "$": r"\$", "±": r"$\pm$", "{": r"\{", "}": r"\}",

@@ -9,11 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from saap.cli.show.output import console_for_tables, one_line
+from saap.reporting.tables import MEASURES
 
-MEASURES = (
-    ("distinct_1", "distinct words (1)"), ("distinct_2", "distinct pairs (2)"), ("distinct_3", "distinct triples (3)"),
-    ("repetition", "repeated 4-grams"), ("tokens", "tokens"), ("dense_perplexity", "perplexity under the dense model"),
-    ("dense_perplexity_by_quarter", "  by quarter"), ("repetition_by_quarter", "repeated by quarter"),
+BY_QUARTER = (
+    ("dense_perplexity_by_quarter", "  by quarter", 1), ("repetition_by_quarter", "repeated by quarter, %", 100),
 )  # fmt: skip
 
 
@@ -80,9 +79,9 @@ def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
     dense = found["dense_figures"] or {}
     table = Table("generated text", *found["figures"], *(f"dense, {mode}" for mode in dense))
     columns = [*found["figures"].values(), *dense.values()]
-    for key, label in MEASURES:
+    for key, label, factor in (*MEASURES, *BY_QUARTER):
         values = [(column[key] or ()) if key.endswith("quarter") else [column[key]] for column in columns]
-        table.add_row(label, *(" ".join(map(_number, cell)) for cell in values))
+        table.add_row(label, *(" ".join(_number(one, factor) for one in cell) for cell in values))
     if columns:
         console.print(table)
     if found["token_agreement"] is not None:
@@ -96,9 +95,10 @@ def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
             console.print(f"  {name}: {one_line(text[:300])}")
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, factor: float = 1) -> str:
     if value is None:
         return "-"
+    value *= factor
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
