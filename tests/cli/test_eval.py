@@ -11,7 +11,6 @@ from tests.data.byte_tokenizer import byte_tokenizer
 from tests.pipeline import tiny
 
 from saap.core.errors import OutputError
-from saap.reporting.tables import MEASURES
 
 LED = byte_tokenizer(bos=True)
 
@@ -62,6 +61,15 @@ def test_refusals(capsys, source, arguments, offender) -> None:
     assert code == 2
     assert offender in error
     assert error.startswith("error: ")
+
+
+def test_the_terminal_names_measures_as_the_page_does(capsys, tmp_path, source) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("The house\n")
+    code, out, _ = run(capsys, "eval", source, "--prompts", prompts, "--max-new-tokens", "8")
+    assert code == 0
+    assert all(label in out for label in ("distinct words, %", "repeated, %", "repeated by quarter, %"))
+    assert "100.00" in next(line for line in out.splitlines() if "distinct triples, %" in line)
 
 
 def test_a_text_shorter_than_a_window_and_a_model_without_tokenizer(capsys, tmp_path, source) -> None:
@@ -130,12 +138,3 @@ def test_a_stride_of_one_window_is_no_stride(capsys, tmp_path) -> None:
     code, strided, error = run(capsys, "eval", led, *text, "--stride", "64")
     assert code == 0, error
     assert json.loads(strided)["perplexity"] == json.loads(plain)["perplexity"]
-
-
-def test_the_terminal_shows_the_measures_of_the_page(capsys, tmp_path, source) -> None:
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("The house\n")
-    code, out, _ = run(capsys, "eval", source, "--prompts", prompts, "--max-new-tokens", "8")
-    assert code == 0
-    assert all(label in out for _, label, _ in MEASURES)
-    assert "100.00" in next(line for line in out.splitlines() if "distinct triples, %" in line)
