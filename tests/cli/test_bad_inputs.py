@@ -80,6 +80,12 @@ FLAGS: list[Case] = [
     ((*PRUNE, *RATIO, "--out", "MODEL"), "exists"),
     ((*PRUNE, *RATIO, "--out", "MODEL/config.json", "--overwrite"), "is not a folder"),
     ((*PRUNE, *RATIO, "--work-dir", "MODEL"), "work folder"),
+    *[((*command, "--out", out, "--work-dir", work), "is deleted after success")
+      for command in ((*PRUNE, *RATIO), RECOVER)
+      for out, work in (("TMP/w", "TMP/w"), ("TMP/w/deep", "TMP/w"), ("TMP/w", "TMP/w/saap"))],
+    ((*PRUNE, "--pruning-ratio", "0.1,0.2", "--out", "TMP/w", "--work-dir", "TMP/w/0.2"), "is deleted after success"),
+    ((*PRUNE, *RATIO, "--out", "."), "exists"),
+    ((*PRUNE, *RATIO, "--out", "/"), "'/' is the root of a file system"),
     ((*PRUNE, *RATIO, "--out", "MODEL/config.json/deep"), "MODEL/config.json"),
     *[((*RECOVER, flag, value), offender) for flag, value, offender in (
         ("--bits", "5", "--bits 5"), ("--group-size", "20", "--group-size 20"), ("--rank", "0", "--rank 0"),

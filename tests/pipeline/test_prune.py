@@ -27,6 +27,7 @@ from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observer
 from saap.pipeline.prune import making, planning
 from saap.pipeline.prune.run import RunOptions, run_prune
+from saap.pipeline.shared.targets import work_path
 from saap.settings.prune import PruneConfig
 from saap.structure_search.evaluator import StructureEvaluator
 
@@ -44,6 +45,18 @@ def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 TOKENS = torch.arange(2, 42).reshape(2, 20)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(".", "inner"), ("..", "."), ("a", "inner/a")])
+def test_files_next_to_a_result_lie_next_to_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, expected: str
+) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    out = (tmp_path / expected).resolve()
+    work = work_path(RunOptions(out=Path(given)))
+    assert work is not None
+    assert work.resolve() == out.with_name(f"{out.name}.saap-work")
 
 
 @pytest.mark.parametrize("layout", ["adaptive", "uniform"])

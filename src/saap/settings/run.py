@@ -4,6 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import AfterValidator
+
 from saap.settings.setting import Bytes, Flag, Settings
 
 OUTPUT = "Output"
@@ -11,6 +13,16 @@ result_flag = partial(Flag, panel="Result")
 out_flag = partial(result_flag, short="-o", aliases=("out",))
 model_flag = partial(Flag, panel="Model and device")
 output_flag = partial(Flag, panel=OUTPUT)
+
+
+def _with_name(path: Path | None) -> Path | None:
+    """The path, absolute where its last part is no name (`.` or `..`): files next to it derive theirs from that."""
+    if path is None or path.name not in ("", ".."):
+        return path
+    absolute = path.resolve()
+    if not absolute.name:
+        raise ValueError("is the root of a file system", "Choose a folder in it")
+    return absolute
 
 
 class RunOptions(Settings):
@@ -23,6 +35,7 @@ class RunOptions(Settings):
 
     out: Annotated[
         Path | None,
+        AfterValidator(_with_name),
         out_flag(
             "Folder to write; for `saap prune MODEL.gguf --roles expert` also NAME.gguf.",
             name="output_dir",

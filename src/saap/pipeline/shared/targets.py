@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from saap.core.errors import ConfigurationError
 from saap.core.records import ModelGraph
 from saap.core.storage import PlanDocument
 from saap.export.placing import check_file, check_output, check_records, place, place_file
@@ -44,6 +45,8 @@ def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True
     out, path = options.out, work_path(options)
     targets = [Target(name, None, _path_of(out, name) if out is not None and len(names) > 1 else out) for name in names]
     for target in targets:
+        if path is not None and target.path is not None:
+            _require_apart(path, target.path)
         done = path is not None and path.is_dir() and finished_report(WorkFolder(path), target) is not None
         if not check or target.path is None or done:
             continue
@@ -111,9 +114,24 @@ def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGra
 
 
 def work_path(options: RunOptions) -> Path | None:
-    """Folder of the stage files, by default next to the output; None if nothing is written."""
+    """Folder of the stage files, by default next to the output; None if nothing is written.
+
+    Raises ConfigurationError if the result would lie in it: it is deleted after success.
+    """
     if options.work_dir is not None:
+        if options.out is not None:
+            _require_apart(options.work_dir, options.out)
         return options.work_dir
     if options.out is None:
         return None
     return options.out.with_name(options.out.name + ".saap-work")
+
+
+def _require_apart(work: Path, out: Path) -> None:
+    """Raise ConfigurationError if a result at `out`, or its records, would lie in the work folder."""
+    for made in (out, records_of(out)):
+        if made.resolve().is_relative_to(work.resolve()):
+            raise ConfigurationError(
+                f"--work-dir {work} would contain {made}, and is deleted after success",
+                "Choose a work folder outside the result",
+            )
