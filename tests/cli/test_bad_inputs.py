@@ -254,6 +254,11 @@ PLANS: Mapping[str, tuple[str, str]] = {
     "endless run": ('{"format_version": 1, "groups": {"layers.0.ffn": {"units": "0-99999999999"}}}', "unit"),
     "no block": ('{"format_version": 1, "groups": {}, "dropped_blocks": [9]}', "no block 9"),
     "every block": ('{"format_version": 1, "groups": {}, "dropped_blocks": [0, 1]}', "block"),
+    "only a number of units that are not scored": (
+        '{"format_version": 1, "groups": {"hidden": {"kept": 16}}}', "Add hidden to --roles"),
+    "sizes of no stock class": (
+        '{"format_version": 1, "layout": "uniform", "groups": {"layers.0.ffn": {"kept": 40}}}',
+        "Set `layout` in plan.json to adaptive"),
     "neither kept nor units": ('{"format_version": 1, "groups": {"layers.0.attention": {}}}', "neither kept"),
 }  # fmt: skip
 
@@ -344,6 +349,16 @@ def test_plans(capsys, monkeypatch, tmp_path, source, name) -> None:
     text, offender = PLANS[name]
     (tmp_path / "plan.json").write_text(text)
     refused(capsys, monkeypatch, tmp_path, source, (*PRUNE, "--plan", "plan.json"), offender)
+
+
+@pytest.mark.usefixtures("discovered_once")
+@pytest.mark.parametrize(("flags", "offender"), [
+    (("--layout", "uniform"), "--layout uniform differs from the layout of plan.json"),
+    (("--roles", "attention"), "Add ffn to --roles"),
+])  # fmt: skip
+def test_flags_that_a_plan_contradicts(capsys, monkeypatch, tmp_path, source, flags, offender) -> None:
+    (tmp_path / "plan.json").write_text('{"format_version": 1, "groups": {"layers.0.ffn": {"kept": 40}}}')
+    refused(capsys, monkeypatch, tmp_path, source, (*PRUNE, "--plan", "plan.json", *flags), offender)
 
 
 @pytest.mark.parametrize(

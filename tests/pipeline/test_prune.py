@@ -19,6 +19,7 @@ from saap.core.errors import (
     ConfigurationError,
     LayoutError,
     OutputError,
+    PlanError,
     StaleInputError,
     TargetError,
 )
@@ -247,6 +248,14 @@ def test_refusals_come_before_the_estimation(source: Path, tmp_path: Path, monke
         saap.prune(source, pruning_ratio=0.2, out=tmp_path / "there", **SETTINGS)
     with pytest.raises(TargetError, match="at most 0"):
         saap.prune(source, pruning_ratio=0.95, **SETTINGS)
+    plan = tmp_path / "plan.json"
+    for layout, groups, fault in (
+        ("adaptive", {"hidden": {"units": ""}}, PlanError), ("adaptive", {"hidden": {"kept": 16}}, PlanError),
+        ("uniform", {"layers.0.ffn": {"kept": 40}}, LayoutError),
+    ):  # fmt: skip
+        plan.write_text(json.dumps({"format_version": 1, "layout": layout, "groups": groups}))
+        with pytest.raises(fault):
+            saap.prune(source, plan=plan, **SETTINGS)
     with pytest.raises(CalibrationError):
         saap.prune(source, pruning_ratio=0.2, calibration=str(short), **SETTINGS)
     ids = np.random.default_rng(0).integers(2, 128, (60, 64))

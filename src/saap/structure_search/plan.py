@@ -110,10 +110,14 @@ def _required_step(graph: ModelGraph, group: CoupledGroup) -> int:
     return STACKED_STEP if stacked else 1
 
 
+def flat_scores(graph: ModelGraph) -> Mapping[str, UnitScores]:
+    """Equal scores of all units, for what depends on sizes alone."""
+    return {group.name: UnitScores(mean=np.ones(group.units), variance=np.zeros(group.units)) for group in graph.groups}
+
+
 def check_reachable(graph: ModelGraph, budget: AnyBudget | None, space: SearchSpace) -> StructurePlan:
     """A plan that meets the budget, made without scores; None removes nothing. Raises TargetError if there is none."""
-    flat = {group.name: UnitScores(mean=np.ones(group.units), variance=np.zeros(group.units)) for group in graph.groups}
-    return search(graph, flat, budget or Budget(removal=0), space, Strategy.UNIFORM)
+    return search(graph, flat_scores(graph), budget or Budget(removal=0), space, Strategy.UNIFORM)
 
 
 def search(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saap.core.errors import listed
-from saap.core.records import ImportanceScores, Role, StructurePlan, UnitScores, require_same
+from saap.core.records import ImportanceScores, ModelGraph, Role, StructurePlan, UnitScores, require_same
 from saap.core.storage import read_plan, read_scores, write_scores
 from saap.estimation.estimate import estimate, unit_scores, unused_experts
 from saap.models.loading.devices import quick_products
@@ -21,11 +21,11 @@ from saap.pipeline.prune.baselines import baseline_scores
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target
-from saap.settings.prune import unit_roles
+from saap.settings.prune import PruneConfig, unit_roles
 from saap.settings.registry import Importance, Method
 from saap.structure_search.budget import Budget
 from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
-from saap.structure_search.plan import complete_plan, search
+from saap.structure_search.plan import SearchSpace, check_reachable, complete_plan, flat_scores, search
 from saap.structure_search.problem import SearchGuide
 from saap.structure_search.second_order import SecondOrder, WeightedGrams
 
@@ -45,6 +45,18 @@ def measure_dense(run: Run) -> Behaviour:
     )
 
 
+def scored_roles(config: PruneConfig) -> Sequence[Role]:
+    """The roles whose units are scored; whole blocks are scored by their FFN and attention."""
+    return unit_roles(config.roles) or (Role.FFN, Role.ATTENTION)
+
+
+def trial_plan(graph: ModelGraph, target: Target, space: SearchSpace) -> StructurePlan:
+    """A plan with the sizes of a target, made without scores. Raises TargetError or PlanError if there is none."""
+    if target.plan is not None:
+        return complete_plan(graph, target.plan, flat_scores(graph))
+    return check_reachable(graph, target.budget, space)
+
+
 def estimate_scores(run: Run, also: Sequence[Observer] = ()) -> ImportanceScores:
     """Scores of all units by the method of the run. also: others that listen in the walk."""
     if run.config.method is not Method.SAAP:
@@ -56,7 +68,7 @@ def estimate_scores(run: Run, also: Sequence[Observer] = ()) -> ImportanceScores
     if config.importance is Importance.TOKEN_FISHER:  # the others are sums that cancel, which rounding disturbs
         backend = dataclasses.replace(backend, products=quick_products(run.device, run.loaded.dtype))
     scores = estimate(
-        backend, run.tokens.scored, roles=unit_roles(config.roles) or [Role.FFN, Role.ATTENTION],
+        backend, run.tokens.scored, roles=scored_roles(config),
         importance=config.importance, element_order=config.element_order, aggregation=config.aggregation, also=also,
     )  # fmt: skip
     unused = unused_experts(scores, run.graph)

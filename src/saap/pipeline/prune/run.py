@@ -12,8 +12,7 @@ from torch import nn
 
 from saap._version import __version__
 from saap.core.errors import ConfigurationError
-from saap.core.records import Layout, ModelGraph, digest_of
-from saap.core.storage import read_plan
+from saap.core.records import ModelGraph, digest_of
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
@@ -25,11 +24,11 @@ from saap.models.walk.probe import check_runs
 from saap.models.walk.processes import Processes
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.forecast import check_fits, check_weights_fit, forecast
+from saap.pipeline.prune.given_plan import read_given_plan
 from saap.pipeline.prune.result import PruneResult
 from saap.pipeline.prune.source_file import (
     Experts,
     check_layers,
-    check_plan,
     file_budget,
     folder_experts,
     for_source_file,
@@ -41,7 +40,7 @@ from saap.pipeline.prune.steps import carry_out
 from saap.pipeline.prune.vocabulary import prune_vocabulary
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, check_devices, open_model, place_of
-from saap.pipeline.shared.legality import check_walk, require_divisible, search_space
+from saap.pipeline.shared.legality import check_walk, search_space
 from saap.pipeline.shared.memory_estimate import Sizes
 from saap.pipeline.shared.memory_limit import open_within, restoration_spill
 from saap.pipeline.shared.meter import Meter
@@ -214,7 +213,7 @@ def _reachable(
     targets: Sequence[Target], config: PruneConfig, loaded: LoadedModel, graph: ModelGraph, space: SearchSpace,
     experts: Experts | None,
 ) -> list[Target]:  # fmt: skip
-    """The targets with budgets or the given plan. Raises TargetError or PlanError for what cannot be reached."""
+    """The targets with budgets or the given plan. Raises SaapError for what cannot be reached."""
     if experts is None or config.target_bytes is None:
         targets = with_budgets(targets, config, graph, loaded.dtype)
     else:
@@ -224,11 +223,7 @@ def _reachable(
         check_reachable(graph, target.budget, space)
     if config.plan is None:
         return targets
-    given = read_plan(config.plan, graph)
-    require_divisible(graph, given.keep(graph), config.tensor_parallel)
-    if experts is not None:
-        check_plan(experts, graph, given)
-        given = given.model_copy(update={"layout": Layout.UNIFORM})
+    given = read_given_plan(config.plan, config, loaded.model, graph, experts)
     return [dataclasses.replace(targets[0], plan=given)]
 
 
