@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +16,10 @@ from tests.pipeline import tiny
 from saap.core.errors import ConfigurationError, OutputError
 from saap.models.loading import memory
 from saap.pipeline.prune import forecast as forecast_module
+from saap.pipeline.prune import planning
 from saap.pipeline.prune.forecast import check_fits
 from saap.pipeline.prune.run import preview, run_prune
+from saap.pipeline.shared import targets
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import PruneConfig
@@ -133,6 +139,44 @@ def test_too_little_disk_is_refused(tmp_path: Path) -> None:
     stage = dataclasses.replace(found.stages[0], disk_bytes=10**18)
     with pytest.raises(OutputError, match="MB free"):
         check_fits(dataclasses.replace(found, stages=(stage,)), run)
+
+
+@pytest.mark.parametrize(
+    ("free", "fits"),
+    [({"work": 300, "out": 300}, True), ({"work": 100, "out": 300}, False), ({"work": 300, "out": 200}, False)],
+)
+def test_space_is_checked_where_the_files_will_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: dict[str, int], fits: bool
+) -> None:
+    for disk in free:
+        (tmp_path / disk).mkdir()
+    usage = namedtuple("usage", "free")
+    spare = 64 * 1024**2
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(free[folder.name] + spare))
+    monkeypatch.setattr(targets, "_disk_of", lambda path: path.parent.name)
+    options = RunOptions(out=tmp_path / "out" / "small", work_dir=tmp_path / "work" / "stages")
+    with nullcontext() if fits else pytest.raises(OutputError, match="MB free"):
+        targets.check_space(options, [150, 100], 20)
+
+
+def test_a_run_in_memory_checks_the_disk_before_the_estimation(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(64 * 1024**2 + 20_000))  # the spare, and little more
+    monkeypatch.setattr(planning, "estimate", lambda *a, **k: pytest.fail("the estimation began"))
+    with pytest.raises(OutputError, match="MB free"):
+        run_prune(source, PruneConfig(pruning_ratios=(0.2,), **SETTINGS), RunOptions(out=tmp_path / "out"))
+
+
+def test_the_forecast_of_a_given_plan_has_its_sizes(source: Path, tmp_path: Path) -> None:
+    written = {}
+    for kept in (96, 8):
+        plan = tmp_path / f"{kept}.json"
+        groups = {f"layers.{layer}.ffn": {"kept": kept} for layer in range(4)}
+        plan.write_text(json.dumps({"format_version": 1, "groups": groups}))
+        written[kept] = preview(source, PruneConfig(plan=plan, **SETTINGS), RunOptions())["forecast"]["disk_bytes"]
+    assert written[96] - written[8] == 4 * 88 * 3 * 32 * 4  # layers, channels, matrices, their width, bytes
 
 
 def test_memory_of_this_machine() -> None:

@@ -13,12 +13,11 @@ import numpy as np
 
 from saap.core.errors import ConfigurationError
 from saap.evaluation.perplexity import perplexity
-from saap.export.placing import check_place
 from saap.models.checkpoint.safetensor_files import weight_files
 from saap.models.loading import memory
 from saap.models.loading.devices import pick_device, quick_float32_products, working_dtype
 from saap.models.loading.references import DEQUANTISED, resolve_model
-from saap.pipeline.prune.planning import search_evaluations
+from saap.pipeline.prune.planning import search_evaluations, trial_plan
 from saap.pipeline.prune.steps import requested_stages
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.context import Run
@@ -26,9 +25,9 @@ from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.memory_estimate import Sizes, refit_tokens, stage_needs
 from saap.pipeline.shared.outcome import ANSWER_TOKENS
 from saap.pipeline.shared.stages import Stage, steps_of
+from saap.pipeline.shared.targets import check_space
 from saap.pipeline.shared.tokens import needs_measuring
 from saap.settings.registry import Importance, Method
-from saap.structure_search.plan import check_reachable
 
 TIMED_TOKENS = 1024
 STEP_TOKENS = 8
@@ -91,7 +90,7 @@ def forecast(run: Run) -> Forecast:
     sizes = dataclasses.replace(Sizes.of(loaded.model, run.device), pages=0)  # those of the result are added
     seconds_of_token, tokens = _seconds_of_token(run), _tokens(run)
     needs, base = stage_needs(sizes, config), memory.of_process()
-    plans = {target.name: check_reachable(run.graph, target.budget, run.space) for target in run.targets}
+    plans = {target.name: trial_plan(run.graph, target, run.space) for target in run.targets}
     left = {name: plan.parameters * loaded.dtype.itemsize for name, plan in plans.items()}  # bytes of the results
     kept = sizes.weights if len(left) > 1 or config.target_speedup is not None else 0  # the dense model
     found = [StageForecast(**stage.model_dump()) for stage in run.meter.stages]
@@ -152,8 +151,9 @@ def _tokens(run: Run) -> dict[Stage, float]:
 
 def check_fits(found: Forecast, run: Run) -> None:
     """Raise ConfigurationError or OutputError if the run needs more memory or disk than there is, with the remedy."""
-    if run.options.out is not None:
-        check_place(run.options.out, found.disk_bytes)
+    made = (stages.CUT.title, stages.RESTORE.title)
+    results = [stage.disk_bytes for stage in found.stages if stage.name.startswith(made)]
+    check_space(run.options, results, found.disk_bytes - sum(results))
     available, worst = memory.of_device(run.device), found.worst("peak_device_bytes")
     if available is not None:
         what = f"The stage {worst.name!r}"

@@ -16,7 +16,6 @@ from saap.core.records import ModelGraph, digest_of
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
-from saap.export.placing import check_place
 from saap.models.loading.devices import quick_float32_products, require_whole_blocks
 from saap.models.loading.pretrained import quiet_transformers
 from saap.models.walk.backend import Backend
@@ -25,6 +24,7 @@ from saap.models.walk.processes import Processes
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.forecast import check_fits, check_weights_fit, forecast
 from saap.pipeline.prune.given_plan import read_given_plan
+from saap.pipeline.prune.planning import trial_plan
 from saap.pipeline.prune.result import PruneResult
 from saap.pipeline.prune.source_file import (
     Experts,
@@ -46,7 +46,7 @@ from saap.pipeline.shared.memory_limit import open_within, restoration_spill
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import DISCOVER, LOAD, PRUNE_VOCABULARY, READ_TEXT, TIME_DECODING
-from saap.pipeline.shared.targets import Target, plan_targets, with_budgets, work_path
+from saap.pipeline.shared.targets import Target, check_space, finished_report, plan_targets, with_budgets, work_path
 from saap.pipeline.shared.tokens import draw_tokens, needs_measuring
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PrunableRole, PruneConfig
@@ -88,8 +88,7 @@ def run_prune(
                 "Weights that stay in their files are read by one process",
                 "Start it without torchrun, or leave out --max-memory",
             )
-        _check_disk(run)
-        shutil.rmtree(work.file("spill"), ignore_errors=True)  # of a run that was killed
+        processes.broadcast_result(lambda: _check_disk(run))
         found = carry_out(run, ("result",))
     processes.barrier()
     processes.broadcast_result(lambda: work.close(keep=options.keep_work))
@@ -255,18 +254,33 @@ def _settings_digest(run: Run) -> str:
 
 
 def _check_disk(run: Run) -> None:
-    """Raise OutputError if the disk cannot hold what is to lie there: results, changed blocks, spilled activations."""
-    if run.options.out is not None and run.experts is not None:
-        check_place(run.options.out, len(run.targets) * source_bytes(run.experts, run.graph))
-    spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
-    if run.options.out is None or spill is None or spill.folder is None:
+    """Raise OutputError if the disks cannot hold what is to lie there: results, changed blocks, spilled activations.
+
+    What an interrupted run has left counts as written, except its spilled activations, which are deleted.
+    """
+    shutil.rmtree(run.work.file("spill"), ignore_errors=True)
+    if run.options.out is None:
         return
+    targets = [target for target in run.targets if finished_report(run.work, target) is None]
+    if run.experts is not None:
+        results = [source_bytes(run.experts, run.graph)] * len(targets)
+    else:
+        plans = [trial_plan(run.graph, target, run.space) for target in targets]
+        results = [int(DISK_SPARE * plan.parameters * run.loaded.dtype.itemsize) for plan in plans]
+    others = _spilled_bytes(run) + (max(results, default=0) if run.loaded.fresh is not None else 0)
+    written = sum(file.stat().st_size for file in run.work.path.rglob("*") if file.is_file())
+    check_space(run.options, results, others - written, run.work.file("results"))
+
+
+def _spilled_bytes(run: Run) -> int:
+    """Bytes of the activations that are kept in the work folder."""
+    spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
+    if spill is None or spill.folder is None:
+        return 0
     sizes = Sizes.of(run.loaded.model, run.device)
     needed = sizes.captured_activations(run.config)
     if run.loaded.fresh is not None:
-        parameters = run.graph.parameters
-        left = [parameters - (one.budget.removal if one.budget is not None else 0) for one in run.targets]
         scored = 4 * run.tokens.scored.tokens.size * sizes.width * (sizes.blocks + 2)
         recorded = 12 * run.tokens.refit.tokens.size * sizes.width if run.config.restore else 0  # three streams
-        needed = max(needed + recorded, scored) + int(DISK_SPARE * (sum(left) + max(left)) * run.loaded.dtype.itemsize)
-    check_place(run.options.out, needed)
+        needed = max(needed + recorded, scored)
+    return needed

@@ -14,7 +14,7 @@ import torch
 from saap.core.errors import ConfigurationError
 from saap.core.records import ModelGraph
 from saap.core.storage import PlanDocument
-from saap.export.placing import check_file, check_output, check_records, place, place_file
+from saap.export.placing import check_file, check_output, check_place, check_records, place, place_file
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.stages import PLACE
 from saap.pipeline.shared.work import WorkFolder
@@ -125,6 +125,27 @@ def work_path(options: RunOptions) -> Path | None:
     if options.out is None:
         return None
     return options.out.with_name(options.out.name + ".saap-work")
+
+
+def check_space(options: RunOptions, results: Sequence[int], others: int = 0, place: Path | None = None) -> None:
+    """Raise OutputError unless the disks can hold the bytes of all results, and `others` in the work folder.
+
+    Each result lies in the work folder until it is moved. place: in that folder, of what is written there first.
+    """
+    work = work_path(options)
+    if work is None or options.out is None:
+        return
+    flag, place = "--out" if options.work_dir is None else "--work-dir", place or work
+    if _disk_of(place) == _disk_of(options.out):
+        check_place(place, others + sum(results), flag)
+    else:
+        check_place(place, others + max(results, default=0), flag)
+        check_place(options.out, sum(results))
+
+
+def _disk_of(path: Path) -> int:
+    """The disk that a file at this path would lie on."""
+    return next(folder for folder in path.absolute().parents if folder.exists()).stat().st_dev
 
 
 def _require_apart(work: Path, out: Path) -> None:
