@@ -73,6 +73,11 @@ FLAGS: list[Case] = [
     ((*PRUNE, *RATIO, "--importance", "frequency", "--roles", "expert,block"), "not the role block"),
     ((*PRUNE, *RATIO, "--importance", "reap", "--roles", "expert", "--aggregation", "max"), "--aggregation changes"),
     ((*PRUNE, *RATIO, "--method", "flap", "--strategy", "uniform"), "--strategy cannot be chosen"),
+    *[((*PRUNE, *RATIO, "--method", "wanda-sp", flag, value), f"{flag} cannot be chosen") for flag, value in (
+        ("--aggregation", "max"), ("--element-order", "1"), ("--fusion-scope", "global"),
+    )],
+    ((*PRUNE, *RATIO, "--method", "block-influence", "--roles", "ffn"), "always removes block, not ffn"),
+    ((*PRUNE, *RATIO, "--dry-run", "--align", "32", "--recover", "none.jsonl"), "none.jsonl"),
     ((*PRUNE, *RATIO, "--method", "flap", "--layout", "uniform"), "biases"),
     ((*PRUNE, "--plan", "no-plan.json"), "no-plan.json"),
     ((*PRUNE, "--pruning-ratio", "0.98"), "cannot be removed"),

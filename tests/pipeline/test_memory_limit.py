@@ -219,6 +219,14 @@ def test_what_needs_the_whole_model_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_preset_of_the_paper_says_that_its_recovery_is_left_out(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--pruning-ratio", "0.2", "--preset", "paper", "--max-memory", "1B", "--out", tmp_path / "out")
+    code, said, _ = command.run(capsys, "prune", source, *flags)
+    assert (code, "leaves out the recovery of --preset paper" in said) == (2, True)
+
+
 def test_a_limit_that_is_too_small_names_the_least(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"--max-memory 0.1GB is too small .* Use --max-memory [\d.]+GB"):
         saap.prune(source, pruning_ratio=0.2, out=tmp_path / "out", max_memory=10**8, **SETTINGS)

@@ -26,10 +26,13 @@ from saap.core.errors import (
 from saap.estimation import estimate as estimation
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observer
-from saap.pipeline.prune import making, planning
+from saap.pipeline.prune import making, planning, with_recovery
 from saap.pipeline.prune.run import RunOptions, run_prune
+from saap.pipeline.shared import digests
+from saap.pipeline.shared.progress import Silent
 from saap.pipeline.shared.targets import work_path
 from saap.settings.prune import PruneConfig
+from saap.settings.recover import RecoverConfig
 from saap.structure_search.evaluator import StructureEvaluator
 
 SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
@@ -228,6 +231,26 @@ def test_an_interrupted_run_is_taken_up(
     assert again.plan == whole.plan
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+def test_only_settings_that_can_be_files_are_digested(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object, **keywords: object) -> None:
+        raise _InterruptError
+
+    text, digested = tiny.text_file(tmp_path / "text.txt"), []
+    for word in ("adaptive", "sum", "groupwise"):
+        (tmp_path / word).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(with_recovery, "run_prune", stop)
+    monkeypatch.setattr(with_recovery, "model_digest", lambda resolved: "")
+    monkeypatch.setattr(digests, "tree_digest", lambda path: digested.append(path) or "")
+    config = PruneConfig(pruning_ratios=(0.2,), calibration=(str(text),), **SETTINGS | {"align": 32})
+    tuning = RecoverConfig(data=(str(text),), length=32, validation_samples=1)
+    with pytest.raises(_InterruptError):
+        with_recovery.prune_and_recover(source, config, tuning, RunOptions(out=tmp_path / "out"), Silent())
+    assert set(digested) == {text}
 
 
 def test_stale_stage_files_are_refused(source: Path, tmp_path: Path) -> None:

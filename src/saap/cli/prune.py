@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
 from saap.settings.prune import Preset, PruneConfig
+from saap.settings.recover import RecoverConfig
 from saap.settings.registry import Consumer, Method
 from saap.settings.run import Display, RunOptions, output_flag
 from saap.settings.setting import Commas, Different, Flag, Positive, Settings, Texts
@@ -55,24 +56,32 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
     """
     if options.out is None and not stages.dry_run:
         raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR, or use --dry-run")
-    papers = config.preset is Preset.PAPER and config.method is Method.SAAP and options.max_memory is None
-    data = stages.recover or (INSTRUCTIONS if papers else ())
+    papers = config.preset is Preset.PAPER and config.method is Method.SAAP
+    data = stages.recover or (INSTRUCTIONS if papers and options.max_memory is None else ())
+    without = papers and not data
     if stages.recover_minutes is not None and not data:
         raise ConfigurationError("--recover-minutes tunes nothing", "Specify the data with --recover NAME|FILE")
     if stages.check and options.out is not None and options.out.suffix == ".gguf":
         raise ConfigurationError("--check opens folders, not GGUF files", "Leave it out, or write a folder with -o DIR")
     for consumer in stages.check:
         consumer.check()
+    tuning = RecoverConfig(data=data, max_minutes=stages.recover_minutes, bos=config.bos) if data else None
     from saap.cli.show import output
     from saap.cli.show import prune as drawn
 
     with output.make_reporter(display) as reporter:
+        if without:
+            reporter.note("--max-memory leaves out the recovery of --preset paper: use `saap recover` later")
         if stages.dry_run:
             from saap.pipeline.prune.run import preview
 
+            if tuning is not None:
+                from saap.pipeline.prune.with_recovery import check_recovery
+
+                check_recovery(model, config, tuning, options)
             shown = {**preview(model, config, options, reporter), "recover": list(data)}
             display, draw = display.model_copy(update={"quiet": False}), partial(drawn.print_preview, shown)
-        elif not data:
+        elif tuning is None:
             from saap.pipeline.prune.run import run_prune
 
             reports = [result.report for result in run_prune(model, config, options, reporter)]
@@ -81,9 +90,7 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
             draw = partial(drawn.print_results, reports, opened)
         else:
             from saap.pipeline.prune.with_recovery import prune_and_recover
-            from saap.settings.recover import RecoverConfig
 
-            tuning = RecoverConfig(data=data, max_minutes=stages.recover_minutes, bos=config.bos)
             pairs = prune_and_recover(model, config, tuning, options, reporter)
             opened = _opened([tuned for _, tuned in pairs], stages, reporter)
             shown = _alone(

@@ -339,6 +339,8 @@ class PruneConfig(Settings):
             "--importance": self.importance is Importance.TOKEN_FISHER,
         }
         changed = [flag for flag, is_default in rules.items() if not is_default]
+        scored = ("aggregation", "element_order", "fusion_scope")  # no baseline reads one of them
+        changed += [f"--{name.replace('_', '-')}" for name in scored if name in self.model_fields_set]
         ours = self.method is Method.SAAP
         taylor = [
             Importance.FUSED, Importance.VECTOR, Importance.ELEMENT1, Importance.ELEMENT2, Importance.MIXED,

@@ -13,7 +13,7 @@ from saap.core.errors import ConfigurationError
 from saap.core.records import GroupScores, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 from saap.models.walk.backend import Backend
 from saap.pipeline.shared.context import Run
-from saap.settings.prune import PruneConfig, unit_roles
+from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
 from saap.settings.registry import Method
 
 
@@ -37,6 +37,18 @@ def for_method(config: PruneConfig) -> PruneConfig:
     if config.skip_layers is None and config.layout is not Layout.UNIFORM:
         rules["skip_layers"] = baseline.skip_layers
     return config.model_copy(update=rules)
+
+
+def require_own_roles(config: PruneConfig) -> None:
+    """Raise ConfigurationError for roles that were chosen, but are not the only ones of a baseline."""
+    baseline = baseline_of(config.method)
+    if baseline is None or baseline.roles is None or "roles" not in config.model_fields_set:
+        return
+    if set(config.roles) - {PrunableRole.VOCABULARY} != set(baseline.roles):
+        raise ConfigurationError(
+            f"--method {config.method} always removes {' and '.join(baseline.roles)}, not {' and '.join(config.roles)}",
+            f"Leave out --roles, or use --roles {','.join(baseline.roles)}",
+        )
 
 
 def check_method(config: PruneConfig, graph: ModelGraph) -> None:

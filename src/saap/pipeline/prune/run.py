@@ -21,7 +21,7 @@ from saap.models.loading.pretrained import quiet_transformers
 from saap.models.walk.backend import Backend
 from saap.models.walk.probe import check_runs
 from saap.models.walk.processes import Processes
-from saap.pipeline.prune.baselines import check_method, for_method
+from saap.pipeline.prune.baselines import check_method, for_method, require_own_roles
 from saap.pipeline.prune.forecast import check_fits, check_weights_fit, forecast
 from saap.pipeline.prune.given_plan import read_given_plan
 from saap.pipeline.prune.planning import trial_plan
@@ -161,6 +161,7 @@ def _prepare(
 ) -> Run:
     """The run, after all checks of what can be refused before the estimation."""
     config, experts = for_source_file(source, config, options)
+    require_own_roles(config)
     config = for_method(config)
     options = check_devices(options, source, processes)
     meter = Meter(reporter if reporter is not None and processes.first else Silent(), place_of(source, options))

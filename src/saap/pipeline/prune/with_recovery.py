@@ -7,8 +7,9 @@ from pathlib import Path
 from saap._version import __version__
 from saap.core.errors import ConfigurationError
 from saap.core.records import digest_of
+from saap.data.training import TrainingData
 from saap.models.loading.pretrained import load_tokenizer
-from saap.models.loading.references import resolve_model
+from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.prune.result import PruneReport
 from saap.pipeline.prune.run import run_prune
@@ -36,24 +37,15 @@ def prune_and_recover(
     """
     if options.out is None:
         raise ConfigurationError("--recover needs a folder", "Name it with --out DIR")
-    if is_file(options.out):
-        raise ConfigurationError(
-            "--recover tunes weights, which a GGUF file does not take up", "Write a folder with -o DIR"
-        )
-    if options.max_memory is not None:
-        raise ConfigurationError(
-            "--max-memory does not hold for the tuning of --recover",
-            "Leave out one of them, and use `saap recover` later",
-        )
-    check_alignment(pruning.align, recovery)
+    resolved, data = check_recovery(source, pruning, recovery, options)
     processes = Processes.found()
     targets = plan_targets(pruning, options)
-    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    data = read_data(recovery, load_tokenizer(resolved))
     processes.barrier()  # until all processes have checked the existing files
     work = WorkFolder(work_path(options))
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json")]
-    same = [settings, named_files(settings), data.digest, str(source), options.revision, options.dtype, __version__]
+    # Only of settings that can be files: other words may be names of files by chance.
+    files = named_files([settings[0]["plan"], settings[0]["calibration"], settings[1]["data"]])
+    same = [settings, files, data.digest, str(source), options.revision, options.dtype, __version__]
     processes.broadcast_result(lambda: work.open(digest_of([*same, model_digest(resolved)])))
     with work.alone(processes):
         pruned = processes.broadcast_result(lambda: work.read_json(PRUNED))
@@ -71,6 +63,27 @@ def prune_and_recover(
     processes.barrier()
     processes.broadcast_result(lambda: work.close(keep=options.keep_work))
     return tuned
+
+
+def check_recovery(
+    source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions
+) -> tuple[ResolvedModel, TrainingData]:
+    """The model and the training data, after all that can be refused of a recovery before the pruning.
+
+    Raises SaapError.
+    """
+    if options.out is not None and is_file(options.out):
+        raise ConfigurationError(
+            "--recover tunes weights, which a GGUF file does not take up", "Write a folder with -o DIR"
+        )
+    if options.max_memory is not None:
+        raise ConfigurationError(
+            "--max-memory does not hold for the tuning of --recover",
+            "Leave out one of them, and use `saap recover` later",
+        )
+    check_alignment(pruning.align, recovery)
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    return resolved, read_data(recovery, load_tokenizer(resolved))
 
 
 def _tuned(
