@@ -17,9 +17,10 @@ from saap.core.errors import ConfigurationError, OutputError
 from saap.models.loading import memory
 from saap.pipeline.prune import forecast as forecast_module
 from saap.pipeline.prune import planning
+from saap.pipeline.prune import run as run_module
 from saap.pipeline.prune.forecast import check_fits
 from saap.pipeline.prune.run import preview, run_prune
-from saap.pipeline.shared import targets
+from saap.pipeline.shared import memory_limit, targets
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import PruneConfig
@@ -132,6 +133,31 @@ def test_weights_that_do_not_fit_are_not_read(source: Path, monkeypatch: pytest.
     monkeypatch.setattr(memory, "of_machine", lambda: 1000)
     with pytest.raises(ConfigurationError, match=r"The model .* needs"):
         preview(source, PruneConfig(pruning_ratios=(0.2,), **SETTINGS), RunOptions())
+
+
+@pytest.mark.parametrize(
+    ("settings", "free", "suggested"),
+    [
+        ({}, 10**15, True), ({}, 10**6, False), ({"method": "magnitude"}, 10**15, False),
+        ({"roles": ("block",)}, 10**15, False), ({"vocabulary_size": 300}, 10**15, False),
+    ],
+)  # fmt: skip
+def test_offloading_is_suggested_where_it_is_possible(
+    source: Path, settings: dict[str, Any], free: int, suggested: bool
+) -> None:
+    config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS, **settings)
+    remedy = memory_limit.offloading_remedy(source, config, RunOptions(), 0, free)
+    assert remedy.startswith("Leave out --dry-run, and use --max-memory ") is suggested
+
+
+@pytest.mark.parametrize("small", ["weights", "stages"])
+def test_a_dry_run_suggests_offloading(source: Path, monkeypatch: pytest.MonkeyPatch, small: str) -> None:
+    monkeypatch.setattr(run_module, "offloading_remedy", lambda *given: "Use --max-memory 1GB")
+    monkeypatch.setattr(memory, "of_machine", lambda: 1000)
+    if small == "stages":
+        monkeypatch.setattr(run_module, "check_weights_fit", lambda *given: None)
+    with pytest.raises(ConfigurationError, match="--max-memory 1GB"):
+        preview(source, PruneConfig(pruning_ratios=(0.2,), restore=False, **SETTINGS), RunOptions())
 
 
 def test_too_little_disk_is_refused(tmp_path: Path) -> None:

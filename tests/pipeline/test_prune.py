@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ from saap.core.errors import (
     StaleInputError,
     TargetError,
 )
+from saap.core.manifest import PerplexityChange
 from saap.estimation import estimate as estimation
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observer
-from saap.pipeline.prune import making, planning, with_recovery
+from saap.pipeline.prune import finish, making, planning, with_recovery
 from saap.pipeline.prune.run import RunOptions, run_prune
 from saap.pipeline.shared import digests
 from saap.pipeline.shared.progress import Silent
@@ -285,6 +287,27 @@ def test_refusals_come_before_the_estimation(source: Path, tmp_path: Path, monke
     with pytest.raises(LayoutError):
         saap.prune(build("gpt2"), pruning_ratio=0.1, layout="uniform", roles=["attention"], calibration=ids, **SETTINGS)
     assert (tmp_path / "there" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("settings", "out", "remedy"),
+    [
+        ({"restore": False}, "small", "use --restore, or use another --strategy"),
+        ({"restore": False}, "small.gguf", "use another --strategy"),
+        ({"method": "magnitude"}, "small", "use --restore"),
+        ({"method": "random"}, "small.gguf", "prune less"),
+    ],
+)
+def test_findings_recommend_only_what_the_run_would_take(settings: dict[str, Any], out: str, remedy: str) -> None:
+    config = PruneConfig(pruning_ratios=(0.2,), **settings)
+    run: Any = SimpleNamespace(
+        config=config, options=RunOptions(out=Path(out)), vocabulary=None, meter=SimpleNamespace(stages=[]),
+        graph=SimpleNamespace(block_parameters=100, parameters=100), loaded=SimpleNamespace(dtype=torch.float32),
+    )  # fmt: skip
+    made: Any = SimpleNamespace(plan=SimpleNamespace(trail=(), block_parameters=80), restored=making.Restored())
+    change = PerplexityChange(text="bundled", tokens=10, before=2.0, after=20.0)
+    (finding,) = finish.findings_of(run, made, None, change, None)
+    assert finding.endswith(f"may not fit this model; {remedy}.")
 
 
 def test_evaluate(source: Path, tmp_path: Path) -> None:

@@ -11,13 +11,16 @@ from saap.settings.run import Display, RunOptions
 from saap.settings.setting import Only
 
 RATIO = 0.2
+FOLDER = Path("demo/smollm2-small")
 
 
 def demo(
     config: Annotated[PruneConfig, Only(("preset",), {"pruning_ratios": RATIO, "preset": "fast"})],
-    options: Annotated[RunOptions, Only(("out",), {"out": Path("demo/smollm2-small"), "overwrite": True})],
+    options: Annotated[RunOptions, Only(("out", "overwrite"), {"out": FOLDER})],
 ) -> None:
     """Prune a small real model (SmolLM2-135M from its Python wheel) by 20 % and show the result."""
-    typed = f"$ saap prune smollm2 --pruning-ratio {RATIO} --preset {config.preset} -o {options.out} --overwrite"
-    print(typed, flush=True)
+    if options.out == FOLDER:  # its own from the last time
+        options = options.model_copy(update={"overwrite": True})
+    typed = f"$ saap prune smollm2 --pruning-ratio {RATIO} --preset {config.preset} -o {options.out}"
+    print(typed + " --overwrite" * options.overwrite, flush=True)
     prune("smollm2", config, Stages(), options, Display())

@@ -312,7 +312,7 @@ class PruneConfig(Settings):
             ), (
                 self.strategy is Strategy.SECOND_ORDER and not self.restore,
                 "--strategy second-order counts on the reconstruction",
-                "Leave out --no-restore, or name another strategy",
+                "Leave out --no-restore, or add --restore, or name another strategy",
             ), (
                 self.merge_experts and PrunableRole.EXPERT not in roles,
                 "--merge-experts merges whole experts, which are not among the roles", "Add expert to --roles",

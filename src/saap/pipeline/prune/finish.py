@@ -29,6 +29,7 @@ from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target, finished_report, is_file, place_finished, records_of
 from saap.pipeline.shared.tokens import HELD_OUT
+from saap.settings.registry import Method
 from saap.structure_search.budget import TimeBudget
 
 CHECKED_TOKENS = 64
@@ -182,10 +183,11 @@ def findings_of(
     removed = 1 - made.plan.block_parameters / run.graph.block_parameters
     if run.vocabulary is not None:
         removed = max(removed, 1 - made.plan.parameters / run.dense_parameters)
-    growth = perplexity.ratio
+    growth, of_a_file = perplexity.ratio, run.options.out is not None and is_file(run.options.out)
     if not math.isfinite(growth):
         findings.append(
-            "the pruned model's perplexity is not finite: prune less, or compute in float32 (--dtype float32)."
+            "the pruned model's perplexity is not finite: prune less"
+            + ("." if of_a_file else ", or compute in float32 (--dtype float32).")
         )
     elif run.config.vocabulary_only:
         if growth > LARGEST_GROWTH_BY_TOKENS:
@@ -194,10 +196,15 @@ def findings_of(
                 "languages (--languages), if the model is for that text."
             )
     elif growth > 1 + 10 * removed:
-        more = "use --preset best or more refit text (--refit-tokens)" if run.config.restore else "use --restore"
+        remedies = {  # only what this run would take
+            "use --preset best or more refit text (--refit-tokens)": run.config.restore,
+            "use --restore": not run.config.restore and not of_a_file,
+            "use another --strategy": run.config.method is Method.SAAP and run.config.plan is None,
+        }
+        more = ", or ".join(remedy for remedy, possible in remedies.items() if possible) or "prune less"
         findings.append(
             f"perplexity grew {growth:.1f} times for {removed:.0%} removed, more than usual: the importance scores may "
-            f"not fit this model; {more}, or another --strategy."
+            f"not fit this model; {more}."
         )
     useless, every = sum(error >= 1.0 for error in made.restored.refit_errors.values()), len(made.restored.refit_errors)
     if useless > every / 2:

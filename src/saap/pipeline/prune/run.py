@@ -16,13 +16,14 @@ from saap.core.records import ModelGraph, digest_of
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
+from saap.models.loading import memory
 from saap.models.loading.devices import quick_float32_products, require_whole_blocks
 from saap.models.loading.pretrained import quiet_transformers
 from saap.models.walk.backend import Backend
 from saap.models.walk.probe import check_runs
 from saap.models.walk.processes import Processes
 from saap.pipeline.prune.baselines import check_method, for_method, require_own_roles
-from saap.pipeline.prune.forecast import check_fits, check_weights_fit, forecast
+from saap.pipeline.prune.forecast import SMALLER, check_fits, check_weights_fit, forecast
 from saap.pipeline.prune.given_plan import read_given_plan
 from saap.pipeline.prune.planning import trial_plan
 from saap.pipeline.prune.result import PruneResult
@@ -42,7 +43,7 @@ from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, check_devices, open_model, place_of
 from saap.pipeline.shared.legality import check_walk, search_space
 from saap.pipeline.shared.memory_estimate import Sizes
-from saap.pipeline.shared.memory_limit import open_within, restoration_spill
+from saap.pipeline.shared.memory_limit import offloading_remedy, open_within, restoration_spill
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import DISCOVER, LOAD, PRUNE_VOCABULARY, READ_TEXT, TIME_DECODING
@@ -104,8 +105,13 @@ def preview(
     """
     if Processes.found().count > 1:
         raise ConfigurationError("--dry-run tries one process alone", "Start it without torchrun or accelerate launch")
+    used = memory.of_process()
+
+    def smaller(free: int) -> str:
+        return offloading_remedy(source, config, options, used, free) or SMALLER
+
     if options.max_memory is None:
-        check_weights_fit(source, options)
+        check_weights_fit(source, options, smaller)
     run = _prepare(source, config, options, reporter, Processes())
     if run.loaded.fresh is not None:
         raise ConfigurationError(
@@ -113,7 +119,7 @@ def preview(
             "Leave out --dry-run; a limit that is too small for the run itself is refused at once",
         )
     found = forecast(run)
-    check_fits(found, run)
+    check_fits(found, run, smaller)
     graph, tokens = run.graph, run.tokens
     return {
         "forecast": found.as_dict(),

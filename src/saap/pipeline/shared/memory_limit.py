@@ -83,6 +83,28 @@ def limits(resolved: ResolvedModel, config: PruneConfig, dtype: torch.dtype, dev
     return base + needs.offloaded, base + needs.spilled
 
 
+def offloading_remedy(
+    source: str | Path | nn.Module, config: PruneConfig, options: RunOptions, used: int, free: int
+) -> str:
+    """The flag with which the run fits into the memory of the CPU, '' if there is none.
+
+    used: bytes of this process before it read weights. free: bytes that the run may take.
+    """
+    device = pick_device(options.device)
+    if isinstance(source, nn.Module) or options.max_memory is not None or device.type != "cpu":
+        return ""
+    try:
+        resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        skeleton = open_skeleton(resolved, working_dtype(device, resolved.dtype))[0]
+        needs = Needs.of(Sizes.of(skeleton, device), config)
+        _check_possible(config, needs.spilled, "")
+    except (ConfigurationError, ModelError):
+        return ""
+    least = RESERVE_BYTES + used + needs.offloaded
+    fits = least <= free and not config.prunes_vocabulary
+    return f"Leave out --dry-run, and use --max-memory {_gigabytes(least)}" if fits else ""
+
+
 def _spilling(loaded: LoadedModel, config: PruneConfig, base: int, limit: int | None) -> LoadedModel:
     """Load the model into memory, and decide whether the reconstruction must offload activations.
 
