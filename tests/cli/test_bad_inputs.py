@@ -68,7 +68,7 @@ FLAGS: list[Case] = [
     )],
     ((*PRUNE, *RATIO, "--layout", "uniform", "--skip-layers", "first:1"), "--skip-layers"),
     ((*PRUNE, *RATIO, "--merge-experts"), "Add expert to --roles"),
-    ((*PRUNE, *RATIO, "--preset", "paper", "--strategy", "second-order"), "or add --restore"),
+    (("prune", "MODEL", *RATIO, "--out", "OUT", "--preset", "paper", "--strategy", "second-order"), "or add --restore"),
     ((*PRUNE, *RATIO, "--roles", "expert", "--merge-experts", "--no-restore"), "a part of the reconstruction"),
     ((*PRUNE, *RATIO, "--importance", "reap"), "reap scores whole experts, not the role ffn or attention"),
     ((*PRUNE, *RATIO, "--importance", "frequency", "--roles", "expert,block"), "not the role block"),

@@ -30,7 +30,7 @@ class RunOptions(Settings):
 
     max_memory: limit in bytes on the compute device: memory of an accelerator (None: its free memory), or resident
     memory of the process (None: unlimited). If the weights therefore stay in their files, the search evaluates fewer
-    candidates, and the model generates no calibration text.
+    candidates.
     """
 
     out: Annotated[
