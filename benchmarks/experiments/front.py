@@ -114,7 +114,10 @@ def _at(model: str, found: Sequence[Point], removed: float) -> Values:
 
 
 def _runs(request: Request) -> list[Values]:
-    """One run of each model, with time and memory. busy: whether the machine had other work."""
+    """One run of each model, with time and memory. busy: whether the machine had other work.
+
+    minutes: of the processor where that was measured; None for a run that was suspended.
+    """
     cells = finished_cells(experiment("quality.models"), request)
     found: list[Values] = []
     for model, name in NAMES.items():
@@ -123,8 +126,9 @@ def _runs(request: Request) -> list[Values]:
             values, machine = (cells[f"{model}/{preset}"][part] for part in ("values", "environment"))
             found.append({
                 "model": name, "preset": preset, "wikitext2": values["ratio"]["wikitext2"],
-                "bundled": values["bundled"], "minutes": values["seconds"] / 60,
-                "memory": values["peak_resident_bytes"] / 1e9, "busy": machine["load"] > 1.5 * machine["cores"],
+                "bundled": values["bundled"], "minutes": models.minutes(values),
+                "memory": values["peak_resident_bytes"] / 1e9,
+                "busy": "processor_seconds" not in values and machine["load"] > 1.5 * machine["cores"],
                 "cores": machine["cores"],
             })  # fmt: skip
     return found

@@ -70,7 +70,7 @@ class Experiment:
     options: of `--set`, name to description. needs: required options. reads: modules of other experiments whose cells
     the page also shows. extra: optional cells of the page. own_files: each cell has its own file, `results/CELL.json`,
     with only the values. smoke: whether a smoke run is supported. decided_by: packages and files of saap that decide
-    the figures; the module itself and `benchmarks/lab` are added.
+    the figures; the module itself and `benchmarks/lab` are added. partial: whether some cells are enough for a page.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Experiment:
     own_files: bool = False
     smoke: bool = True
     decided_by: Names = PRUNING
+    partial: bool = False
 
     def chosen(self, request: Request) -> dict[str, Any]:
         return {name: request.filled(value) for name, value in self.settings.items()}

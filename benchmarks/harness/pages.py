@@ -86,8 +86,9 @@ def page_of(experiment: Experiment, request: Request, state: State, summary: Map
     return template.render(
         **said, s=summary, experiment=experiment, figures=charts(experiment, summary),
         settings=experiment.chosen(request), environments=_environments(state), cells=len(state.found),
+        missing=len(state.missing),
         undated=sum(record.get("code") is None for record in state.found.values()),
-        seconds=sum(record.get("seconds", 0.0) for record in state.found.values()),
+        seconds=sum(record.get("seconds") or 0.0 for record in state.found.values()),
     )  # fmt: skip
 
 
@@ -103,14 +104,14 @@ def _environments(state: State) -> list[str]:
 
 
 def summary_of(experiment: Experiment, state: State) -> dict[str, Any] | None:
-    """The figures of an experiment's page; None if it lacks a cell."""
-    if state.missing:
+    """The figures of an experiment's page; None if it lacks a cell, or all cells if some are enough."""
+    if state.missing and not (experiment.partial and state.found):
         return None
     return dict(experiment.summarise({name: record["values"] for name, record in state.found.items()}))
 
 
 Summaries = Mapping[str, Mapping[str, Any] | None]
-"""By experiment; None where it lacks a cell."""
+"""By experiment; None where it lacks cells."""
 
 
 def write_pages(experiments: Sequence[Experiment], request: Request, out: Path) -> Summaries:

@@ -42,6 +42,7 @@ SETTINGS = {
     "held-out samples": Scaled(2, 8), "refit sequences": Scaled(4, 24), "refit length": Scaled(64, 512),
     "candidates": Scaled(3, PRESETS[Preset.DEFAULT].search_evaluations), "measured tokens": Scaled(512, 8192),
 }  # fmt: skip
+PARTIAL = True
 
 
 def cells(request: Request) -> Names:

@@ -32,6 +32,7 @@ SETTINGS = {
     "held-out samples": Scaled(2, 16), "candidates": Scaled(3, PRESETS[Preset.DEFAULT].search_evaluations),
     "measured on": "wikitext2", "measured tokens": Scaled(512, 8192),
 }  # fmt: skip
+PARTIAL = True
 DECIDED_BY = (*PRUNING, "baselines")
 
 

@@ -34,6 +34,7 @@ CODE = ("rich.layout", "jinja2.loaders", "networkx.algorithms.bipartite.matching
 OPTIONS = INSTRUCTIONS
 SETTINGS = {"pruning ratio": 0.2, "measured tokens": 4096}
 SMOKE = False
+PARTIAL = True
 DECIDED_BY = (*MAKING, "baselines")
 
 
@@ -54,12 +55,12 @@ def measure(request: Request, wanted: Names) -> Measured:
         with tempfile.TemporaryDirectory() as temporary:
             out = Path(temporary) / "pruned"
             named = {**texts(request.given, Path(temporary)), **MORE, "code": code(Path(temporary))}
-            report, seconds, _ = timed_saap("prune", source, "--pruning-ratio", ratio, *RUNS[run], "--out", out)
+            report, seconds, processor = timed_saap("prune", source, "--pruning-ratio", ratio, *RUNS[run], "--out", out)
             report = report.get("pruned", report)
             dense, pruned = (perplexities(one, named, most=most) for one in (source, out))
         yield cell, {
             "command": " ".join(["saap", "prune", model, "--pruning-ratio", ratio, *RUNS[run]]),
-            "seconds": round(seconds, 1),
+            "seconds": round(seconds, 1), "processor_seconds": round(processor, 1),
             "stages": {stage["name"]: round(stage["seconds"], 1) for stage in report["stages"]},
             "peak_resident_bytes": peak_of(report),
             "bundled": report["perplexity"] / report["perplexity_dense"],
@@ -70,11 +71,19 @@ def measure(request: Request, wanted: Names) -> Measured:
         }  # fmt: skip
 
 
+def minutes(found: Values) -> float | None:
+    """Minutes of the processor, or on the clock if only these were measured; None for a run that was suspended."""
+    seconds = found.get("processor_seconds", found["seconds"])
+    return None if seconds is None else seconds / 60
+
+
 def summarise(cells: Cells) -> Values:
     kinds = list(next(iter(cells.values()))["kinds"])
     worst = {cell: max(found["kinds"].items(), key=lambda one: one[1]) for cell, found in cells.items()}
     return {
         "kinds": kinds, "texts": list(next(iter(cells.values()))["ratio"]),
-        "rows": [{"cell": cell, "worst": worst[cell], **found} for cell, found in cells.items()],
+        "rows": [
+            {"cell": cell, "worst": worst[cell], "minutes": minutes(found), **found} for cell, found in cells.items()
+        ],
         "missing": [cell for cell in CELLS if cell not in cells],
     }  # fmt: skip
