@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bundle_texts import BUNDLED, head, write_compressed
+from bundle_texts import head, write_bundled
 
 LONGEST_PASSAGE = 4_800
 
@@ -73,8 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of the packages' sources")
     folder = parser.parse_args().source
-    for purpose, parts in (("calibration", CALIBRATION), ("evaluation", EVALUATION)):
-        write_compressed(BUNDLED / f"code.{purpose}.txt.bz2", passages(folder, parts).encode())
+    write_bundled("code", passages(folder, EVALUATION), passages(folder, CALIBRATION))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from saap.data.texts import BETWEEN_PURPOSES
+
 ROOT = Path(__file__).resolve().parent.parent
 WRITTEN = ROOT / "scripts/texts"
 WRITTEN_KINDS = ("mathematics", "french", "german", "spanish", "chinese")
@@ -128,6 +130,11 @@ def write_compressed(path: Path, data: bytes) -> None:
     print(f"{path.relative_to(ROOT)}: {len(data):,} bytes, {path.stat().st_size:,} compressed")
 
 
+def write_bundled(kind: str, evaluation: str, calibration: str) -> None:
+    """Write the file of one kind of text."""
+    write_compressed(BUNDLED / f"{kind}.txt.bz2", f"{evaluation}{BETWEEN_PURPOSES}{calibration}".encode())
+
+
 def main() -> None:
     """Write every text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,8 +162,8 @@ def main() -> None:
         for purpose in ("calibration", "evaluation"):
             name = f"{kind}.{purpose}"
             texts[name] = gzip.decompress((WRITTEN / f"{name}.txt.gz").read_bytes()).decode().strip()
-    for name, text in texts.items():
-        write_compressed(BUNDLED / f"{name}.txt.bz2", text.encode())
+    for kind in dict.fromkeys(name.partition(".")[0] for name in texts):
+        write_bundled(kind, texts[f"{kind}.evaluation"], texts[f"{kind}.calibration"])
 
     novel = (folder / "books_en" / BENCHMARK_NOVEL).read_text(encoding="utf-8")
     write_compressed(BENCHMARKS / "novel.txt.gz", head(tidy(unwrapped(novel)), BENCHMARK_CHARACTERS).encode())

@@ -111,7 +111,8 @@ SHARED_EXPERT = (
     *LAST_EXPERTS,
 )
 GROUPED = ("deepseek_v2", "deepseek_v3_moe", "glm4_moe", "dots1")  # two groups of four experts each
-FLOAT32 = ("gptj", "llama4_text", "minimax_m2")  # attention or routing, whatever the model's dtype
+# Attention or routing in float32, whatever the model's dtype: some processors round sums of other lengths otherwise.
+FLOAT32 = ("gptj", "llama4_text", "minimax_m2", "ernie4_5_moe", "hunyuan_v1_moe")
 # Families that the conformance suite must cover.
 CORE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt", "bloom", "gpt_neox")
 

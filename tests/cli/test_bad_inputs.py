@@ -177,8 +177,16 @@ def config(**fields: object) -> Callable[[Path], None]:
     return change
 
 
+def only_index(content: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        put("model.safetensors.index.json", content)(folder)
+
+    return change
+
+
 def index(weight_map: object) -> Callable[[Path], None]:
-    return put("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return only_index(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def weights(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -224,9 +232,9 @@ MODELS: Mapping[str, tuple[Callable[[Path], Any], str]] = {
         "model.safetensors",
     ),
     "pickle": (pickled, "pickle"),
-    "index is no JSON": (put("model.safetensors.index.json", "{"), "index.json is not an index"),
-    "index has no map": (put("model.safetensors.index.json", "{}"), "index.json is not an index"),
-    "index is a list": (put("model.safetensors.index.json", "[1]"), "index.json is not an index"),
+    "index is no JSON": (only_index("{"), "index.json is not an index"),
+    "index has no map": (only_index("{}"), "index.json is not an index"),
+    "index is a list": (only_index("[1]"), "index.json is not an index"),
     "index of numbers": (index({UP: 3}), "outside its folder"),
     "index of mixed kinds": (index({UP: 3, "a": "model.safetensors"}), "index"),
     "index leaves the folder": (index({UP: "../elsewhere.safetensors"}), "outside its folder"),

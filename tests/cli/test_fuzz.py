@@ -69,6 +69,7 @@ def test_config(source: Path, folder: Path, changes: dict[str, Any]) -> None:
 def test_index(folder: Path, content: Any) -> None:
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     (folder / "model.safetensors.index.json").write_bytes(raw)
+    (folder / "model.safetensors").unlink(missing_ok=True)
     with pytest.raises(SaapError):
         weight_files(folder)
 

@@ -51,7 +51,7 @@ def test_conversations_come_plain_and_with_the_chat_template():
     plain = bundled_text("conversations", Purpose.CALIBRATION)
     both = bundled_text("conversations", Purpose.CALIBRATION, byte_tokenizer(chat_template=CHAT_TEMPLATE))
     assert "<|user|>" not in plain
-    rows = bz2.decompress((BUNDLED / "conversations.calibration.jsonl.bz2").read_bytes()).decode().count("\n")
+    rows = bz2.decompress((BUNDLED / "conversations.jsonl.bz2").read_bytes()).decode().partition("\f")[2].count("\n")
     assert both.count("<|user|>") == both.count("<|assistant|>") == rows // 2 > 1000
     strict = byte_tokenizer(chat_template="{{ raise_exception('only with a system prompt') }}")
     for tokenizer in (byte_tokenizer(), strict):

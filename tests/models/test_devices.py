@@ -34,7 +34,9 @@ def test_products_of_the_cpu_alone_are_rounded_and_only_for_a_while(monkeypatch:
         assert os.environ[CACHE] == "7"
 
 
-def test_a_model_object_in_float16_is_computed_in_float32() -> None:
+def test_a_model_object_in_float16_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("making", "planning"):  # some processors round the products of 16-bit models
+        monkeypatch.setattr(f"saap.pipeline.prune.{module}.quick_products", lambda *_: None)
     given = tiny.model().half()
     text = np.random.default_rng(0).integers(2, tiny.VOCABULARY, (32, 64))
     settings = {"pruning_ratio": 0.2, "samples": 4, "sample_length": 16, "refit_tokens": 1024, "align": 8,

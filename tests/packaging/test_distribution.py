@@ -59,9 +59,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     sources = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src/saap").rglob("*.py")}
     assert sources <= set(names)
-    assert {"saap/py.typed", "saap/data/bundled/NOTICE.md", "saap/data/bundled/novels.calibration.txt.bz2"} <= set(
-        names
-    )
+    assert {"saap/py.typed", "saap/data/bundled/NOTICE.md", "saap/data/bundled/novels.txt.bz2"} <= set(names)
     assert all(name.startswith(("saap/", "saap-")) for name in names)
     assert not any("__pycache__" in name for name in names)
     assert wheel.stat().st_size < LARGEST_WHEEL

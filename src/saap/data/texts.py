@@ -33,6 +33,8 @@ KNOWN_WELL, UNKNOWN = 1.2, 2.0
 LONGEST_NAME = 256
 """Characters from which on a string is the name of a file only if there is one."""
 FILE_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+BETWEEN_PURPOSES = "\f"
+"""Stands between the evaluation and the calibration text in a bundled file: together they compress better."""
 # Part of each kind in the mixed evaluation text, about 8,000 tokens in all, so a prefix has several kinds.
 MIXED_EVALUATION_CHARACTERS = 9_000
 
@@ -140,7 +142,7 @@ def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> s
     `tokenizer`, if it has one that takes them, since chat models are used in either form.
     """
     if kind != CONVERSATIONS:
-        return _bundled(f"{kind}.{purpose}.txt.bz2")
+        return _bundled(f"{kind}.txt.bz2", purpose)
     conversations = bundled_conversations(purpose)
     plain = ["\n".join(message["content"] for message in messages) for messages in conversations]
     try:
@@ -152,11 +154,13 @@ def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> s
 
 def bundled_conversations(purpose: Purpose) -> list[list[dict[str, str]]]:
     """The `messages` of each bundled conversation, an instruction and its answer."""
-    return [json.loads(row)["messages"] for row in _bundled(f"{CONVERSATIONS}.{purpose}.jsonl.bz2").splitlines()]
+    return [json.loads(row)["messages"] for row in _bundled(f"{CONVERSATIONS}.jsonl.bz2", purpose).splitlines()]
 
 
-def _bundled(name: str) -> str:
-    return bz2.decompress((resources.files("saap.data") / "bundled" / name).read_bytes()).decode()
+def _bundled(name: str, purpose: Purpose) -> str:
+    both = bz2.decompress((resources.files("saap.data") / "bundled" / name).read_bytes()).decode()
+    evaluation, _, calibration = both.partition(BETWEEN_PURPOSES)
+    return evaluation if purpose is Purpose.EVALUATION else calibration
 
 
 def evaluation_text() -> str:
