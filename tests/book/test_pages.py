@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "results"
 REQUEST = Request(quick=False, work=ROOT / "out" / "book", results=RESULTS)
 STATES = {one.name: state_of(one, REQUEST) for one in EXPERIMENTS}
-MEASURED = [one for one in EXPERIMENTS if not STATES[one.name].missing]
+MEASURED = [one for one in EXPERIMENTS if summary_of(one, STATES[one.name]) is not None]
 
 
 @cache
