@@ -17,6 +17,7 @@ from saap.core.evaluation_records import EvalReport, GenerationReport, Perplexit
 from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import IntArray
 from saap.core.storage import write_whole
+from saap.core.vocabulary import VocabularyMap
 from saap.data import texts
 from saap.data.samples import leading_ids, token_stream
 from saap.evaluation import generation
@@ -57,34 +58,25 @@ def evaluate_model(
     Raises CalibrationError for texts, EvaluationError for tasks, prompts and conversations, ModelError.
     """
     reporter = reporter if reporter is not None else Silent()
-    prompts = check_request(request)
+    prompts, conversations = check_request(request)
     opened, tokenizer = resolve_with_tokenizer(source, options, tokenizer)
     dense_ref = _dense_model(request, opened, reporter)
     reporter.stage("read the texts")
     streams = read_streams(request, tokenizer)
-    conversations = () if request.chat is None else texts.read_conversations(request.chat)
     run = _Evaluation(request, options, reporter, streams, conversations, prompts)
     run.check_conversations(tokenizer)
     vocabulary = tokens_of(opened) if isinstance(opened, ResolvedModel) else None
-    dense_run, dense_tokenizer = run, None
-    if dense_ref is not None and (prompts or request.dense is not None):
-        dense_tokenizer = load_tokenizer(dense_ref)
-        if dense_tokenizer is None and vocabulary is None:
-            dense_tokenizer = tokenizer
-        elif prompts and vocabulary is None:
-            check_same_tokens(tokenizer, dense_tokenizer, dense_ref.source)
-        if request.dense is not None:  # its own tokens, since another model may split the texts otherwise
-            dense_run = replace(run, streams=read_streams(request, dense_tokenizer))
-            dense_run.check_conversations(dense_tokenizer)
+    measured = dense_ref if prompts or request.dense is not None else None  # otherwise its speed alone
+    dense_run, dense_tokenizer = (run, None) if measured is None else run.of_dense(measured, tokenizer, vocabulary)
     reporter.stage(LOAD.title)
     loaded = run.opened(opened, tokenizer)
     more: dict[str, Any] = {"command": typed_command(), "versions": recorded_versions()}
     with quick_float32_products():
         report = run.measure(loaded)
         dense = None
-        if dense_ref is not None and (prompts or request.dense is not None):
-            reporter.stage(f"load the dense model {dense_ref.source}")
-            dense = dense_run.opened(dense_ref, dense_tokenizer, loaded.tokenizer)
+        if measured is not None:
+            reporter.stage(f"load the dense model {measured.source}")
+            dense = dense_run.opened(measured, dense_tokenizer, loaded.tokenizer)
             if request.dense is not None:
                 more["dense"] = dense_run.measure(dense)
             keep_tokens_of(dense.model, vocabulary)
@@ -114,8 +106,10 @@ def _dense_model(
         return None
 
 
-def check_request(request: EvalRequest) -> tuple[generation.Prompt, ...]:
-    """Reject invalid requests without loading a model. Returns the requested prompts."""
+def check_request(
+    request: EvalRequest,
+) -> tuple[Sequence[generation.Prompt], Sequence[Sequence[dict[str, Any]]]]:
+    """Reject invalid requests without loading a model. Returns the requested prompts and conversations."""
     if request.speed is not None:
         request.speed.runtime.check()
     if request.tasks:
@@ -123,9 +117,8 @@ def check_request(request: EvalRequest) -> tuple[generation.Prompt, ...]:
     for source in request.texts:
         if source != generation.BUNDLED:
             texts.check_source(source)
-    if request.chat is not None:
-        texts.read_conversations(request.chat)
-    return () if request.prompts is None else generation.read_prompts(request.prompts)
+    conversations = () if request.chat is None else texts.read_conversations(request.chat)
+    return () if request.prompts is None else generation.read_prompts(request.prompts), conversations
 
 
 def read_streams(request: EvalRequest, tokenizer: Any | None) -> dict[str, IntArray]:
@@ -180,6 +173,25 @@ class _Evaluation:
         """Raise EvaluationError for conversations that a model with this tokenizer cannot be measured on."""
         if self.conversations:
             check_conversations(tokenizer, self.conversations)
+
+    def of_dense(
+        self, dense: ResolvedModel, tokenizer: Any | None, vocabulary: VocabularyMap | None
+    ) -> tuple[_Evaluation, Any | None]:
+        """The same measurements of the dense model, and its tokenizer. Raises ModelError for other tokens.
+
+        tokenizer: of the evaluated model. vocabulary: the tokens that it has kept, if some were removed.
+        """
+        own = load_tokenizer(dense)
+        if own is None and vocabulary is None:
+            own = tokenizer
+        elif self.prompts and vocabulary is None:
+            check_same_tokens(tokenizer, own, dense.source)
+        if self.request.dense is None:
+            return self, own
+        # its own tokens, since another model may split the texts otherwise
+        run = replace(self, streams=read_streams(self.request, own))
+        run.check_conversations(own)
+        return run, own
 
     def opened(
         self, source: nn.Module | ResolvedModel, tokenizer: Any | None, other_tokenizer: Any | None = None
