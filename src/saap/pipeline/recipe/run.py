@@ -78,17 +78,14 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, An
 
 def _check_inputs(recipe: Recipe) -> None:
     """Check the later steps early, as far as that needs no results of earlier ones."""
-    for wanted in recipe.export.values():
-        check_packages(wanted)
+    _check_requests(recipe)
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     manifest = manifest_of(resolved) if recipe.prune is None else None  # a model pruned here has none yet
     choices: list[DenseChoice] = []
     if recipe.recover is not None:
         read_data(recipe.recover, load_tokenizer(resolved))
         choices.append(DenseChoice.of(recipe.recover, recipe.recover.teacher))
-    for request in recipe.eval.values():
-        check_request(request)
-        choices.append(DenseChoice.of(request, request.dense))
+    choices += [DenseChoice.of(request, request.dense) for request in recipe.eval.values()]
     for choice in choices:
         if choice.source is not None:  # a dense model that only a manifest specifies may be missing
             resolve_dense(choice, manifest)
@@ -270,8 +267,7 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     """
     pick_device(recipe.device)
     _check_texts(recipe)
-    for wanted in recipe.export.values():
-        check_packages(wanted)
+    _check_requests(recipe)
     resolved = resolve_model(recipe.model, recipe.revision, recipe.trust_remote_code, weights=False)
     dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
     load_tokenizer(resolved)
@@ -319,11 +315,17 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
     return rows
 
 
+def _check_requests(recipe: Recipe) -> None:
+    """Reject exports without their packages, and evaluations of unknown texts and tasks."""
+    for wanted in recipe.export.values():
+        check_packages(wanted)
+    for request in recipe.eval.values():
+        check_request(request)
+
+
 def _check_texts(recipe: Recipe) -> None:
-    """Reject unknown names of texts and tasks."""
+    """Reject unknown names of texts to calibrate or train on."""
     calibration = () if recipe.prune is None else recipe.prune.calibration
     training = () if recipe.recover is None else recipe.recover.data
     for source in (*calibration, *training):
         check_source(source)
-    for request in recipe.eval.values():
-        check_request(request)
