@@ -28,7 +28,7 @@ from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseLinear, Group
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.checkpoint.pruned_structure import MLX_LOADER, PrunedStructure, refused_by_vllm, state_structure
 from saap.models.checkpoint.published_names import with_published_names
-from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
+from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, tensors_once, write_tensors
 from saap.models.walk.offload import offloaded
 
 SHARD_SIZE = "2GB"
@@ -168,15 +168,13 @@ def stored_entries(
 
     entries: dict[str, TensorEntry] = {}
     packed = {path: module for path, module in model.named_modules() if isinstance(module, GroupwiseLinear)}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in tensors_once(model).items():
         path, _, attribute = name.rpartition(".")
         if path in packed and attribute in ("packed", "scale", "zero"):
             layer = packed[path]
             shape = layer.quantised.shape[:: -1 if layer.transposed else 1]
             entries[f"{path}.weight"] = TensorEntry(dtype=dtype, shape=shape, make=partial(layer.stored_weight, dtype))
-        elif id(tensor) not in seen:
-            seen.add(id(tensor))
+        else:
             entries[name] = entry(tensor)
     return entries | {name: entry(tensor) for name, tensor in (changed or {}).items()}
 

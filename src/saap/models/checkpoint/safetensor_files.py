@@ -30,6 +30,15 @@ _DOWNLOAD_AGAIN = "Download or copy the file again"
 Shape = tuple[int, ...]
 
 
+def tensors_once(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of a model has, parameters and buffers; tied ones have only their first name."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a model folder. Raises ModelError if missing, incomplete, or only in other formats.
 
@@ -125,12 +134,7 @@ class StoredTensors:
     @classmethod
     def of_model(cls, model: nn.Module) -> StoredTensors:
         """Tensors of a model in memory as a checkpoint has them; tied tensors have only their first name."""
-        tensors: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                tensors[name] = tensor.detach()
+        tensors = {name: tensor.detach() for name, tensor in tensors_once(model).items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return cls(shapes, {name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
 
