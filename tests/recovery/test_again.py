@@ -24,16 +24,6 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.folder(tmp_path_factory.mktemp("dense"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.text_file(tmp_path_factory.mktemp("text") / "text.txt", 6000)
-
-
 def manifest_of(folder: Path) -> RunManifest:
     found = read_manifest(folder)
     assert found is not None

@@ -44,16 +44,6 @@ TOKENS = torch.arange(2, 42).reshape(2, 20)
 PRUNING = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "effort": "fast", "align": 32}
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.folder(tmp_path_factory.mktemp("dense"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.text_file(tmp_path_factory.mktemp("text") / "text.txt", 20000)
-
-
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS).logits.float()

@@ -20,6 +20,7 @@ from saap.export.placing import check_place
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.pretrained import end_tokens, load, load_groupwise, load_model, model_without_weights
+from saap.models.structure.linear import embedding_of
 from saap.models.walk.probe import check_reads, read_at_once
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare
@@ -143,8 +144,8 @@ def _check_output_rows(run: Recovery, teacher: Any, source: str) -> None:
 
 
 def _output_rows(model: Any) -> int:
-    head = model.get_output_embeddings()
-    rows: int = (model.get_input_embeddings() if head is None else head).weight.shape[0]
+    head: Any = embedding_of(model, "output") or embedding_of(model, "input")
+    rows: int = head.weight.shape[0]
     return rows
 
 

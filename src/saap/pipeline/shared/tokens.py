@@ -23,6 +23,7 @@ from saap.data.windows import SampleRequest
 from saap.evaluation.perplexity import LogitsOf, bits_per_byte, default_window, perplexities
 from saap.models.loading.images import image_token_ids, with_images
 from saap.models.loading.pretrained import load_processor
+from saap.models.structure.linear import embedding_of
 from saap.models.walk.offload import offloaded
 from saap.models.walk.probe import check_runs, read_at_once
 from saap.models.walk.processes import Processes
@@ -148,7 +149,7 @@ def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> boo
 
 def embedding_rows(model: nn.Module) -> int | None:
     """Rows of the model's input embedding, None if it has none that is known."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = embedding_of(model, "input")
     return embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None
 
 
