@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PRUNING = (
     "core", "data", "discovery", "estimation", "evaluation", "models", "pipeline/prune", "pipeline/shared",
-    "settings/prune.py", "structure_search", "surgery",
+    "settings/presets.py", "settings/prune.py", "structure_search", "surgery",
 )  # fmt: skip
 """What decides the figures of a pruned model, if the experiment does not say otherwise."""
 MAKING = (*PRUNING, "recovery", "pipeline/recover")

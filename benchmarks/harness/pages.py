@@ -13,7 +13,8 @@ from harness.driver import State, state_of
 from harness.experiment import Experiment, Request
 from saap.core.files import whole_file
 from saap.reporting.figures import Figure, to_svg
-from saap.settings.prune import PRESETS, Preset, PruneConfig
+from saap.settings.presets import PRESETS, Preset
+from saap.settings.prune import PruneConfig
 from saap.settings.recover import DEFAULT_MINUTES, RecoverConfig
 
 TEMPLATES = Path(__file__).parent / "templates"

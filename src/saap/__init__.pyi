@@ -29,7 +29,8 @@ from saap.pipeline.recover.result import RecoverReport as RecoverReport
 from saap.pipeline.recover.result import RecoverResult as RecoverResult
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.export import GgufType
-from saap.settings.prune import Aggregation, ElementOrder, FusionScope, Preset, PrunableRole
+from saap.settings.presets import Preset
+from saap.settings.prune import Aggregation, ElementOrder, FusionScope, PrunableRole
 from saap.settings.recover import Tuning
 from saap.settings.registry import Importance, Method, RuntimeName, Strategy
 from saap.settings.vocabulary import Language

@@ -20,7 +20,8 @@ from saap.models.loading.references import resolve_model
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.memory_limit import limits
-from saap.settings.prune import Preset, PruneConfig
+from saap.settings.presets import Preset
+from saap.settings.prune import PruneConfig
 
 VOCABULARY = 2048
 ESTIMATION = "estimate the importance of every unit"

@@ -20,7 +20,8 @@ from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared import memory_estimate, memory_limit
 from saap.pipeline.shared import tokens as token_sets
 from saap.pipeline.shared.inputs import RunOptions
-from saap.settings.prune import Preset, PruneConfig
+from saap.settings.presets import Preset
+from saap.settings.prune import PruneConfig
 
 LAYERS, CARD, MEASURED_TOKENS, REFIT_TOKENS = 4, 24 * 10**9, 1024, 4096
 CELLS = ["device-limit"]

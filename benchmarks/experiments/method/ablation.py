@@ -12,7 +12,8 @@ from torch import nn
 
 from saap.core.records import Layout, StructurePlan
 from saap.estimation.estimate import estimate, unit_scores
-from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole
+from saap.settings.presets import PRESETS, Preset
+from saap.settings.prune import FusionScope, PrunableRole
 from saap.settings.registry import Importance, Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator

@@ -14,7 +14,8 @@ from torch import nn
 
 from saap.core.records import FloatArray, Layout, StructurePlan
 from saap.data.texts import MIXED
-from saap.settings.prune import PRESETS, Preset, PrunableRole
+from saap.settings.presets import PRESETS, Preset
+from saap.settings.prune import PrunableRole
 from saap.settings.registry import Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator

@@ -9,7 +9,8 @@ from lab.texts import TEXTS
 
 from saap.baselines.baseline import Baseline, Measurements
 from saap.core.records import Layout, StructurePlan, UnitScores
-from saap.settings.prune import PRESETS, Preset, PrunableRole
+from saap.settings.presets import PRESETS, Preset
+from saap.settings.prune import PrunableRole
 from saap.settings.registry import Method, Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator

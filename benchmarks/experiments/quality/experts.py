@@ -17,7 +17,8 @@ from lab.training import FEW_STEPS, trained_folder
 from saap.core.records import CalibrationSet, IntArray, Layout, Role, StructurePlan, UnitScores
 from saap.estimation.estimate import estimate, unit_scores
 from saap.models.structure.masking import masked
-from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole
+from saap.settings.presets import PRESETS, Preset
+from saap.settings.prune import FusionScope, PrunableRole
 from saap.settings.registry import Importance, Strategy
 from saap.structure_search.budget import Budget
 from saap.structure_search.evaluator import StructureEvaluator

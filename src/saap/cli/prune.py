@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
-from saap.settings.prune import Preset, PruneConfig
+from saap.settings.presets import Preset
+from saap.settings.prune import PruneConfig
 from saap.settings.recover import RecoverConfig
 from saap.settings.registry import Consumer, Method
 from saap.settings.run import Display, RunOptions, output_flag

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from math import lcm
@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, model_va
 
 from saap.core.roles import Layout, Role
 from saap.settings.export import GGUF_TYPE, GgufType, check_gguf_type
+from saap.settings.presets import OF_THE_PAPER, PRESETS, Preset, PresetSettings
 from saap.settings.registry import Importance, Method, RuntimeName, Strategy
 from saap.settings.setting import (
     AtLeast1,
@@ -60,15 +61,6 @@ class FusionScope(StrEnum):
     ROLE = "role"
     LAYER = "layer"
     LAYER_ROLE = "layer-role"
-
-
-class Preset(StrEnum):
-    """Settings that go together: the paper's stages, or ours by the time that they may take."""
-
-    PAPER = "paper"
-    FAST = "fast"
-    DEFAULT = "default"
-    BEST = "best"
 
 
 class PrunableRole(StrEnum):
@@ -136,37 +128,11 @@ def _ends(given: Any) -> Any:
     return ends or None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PresetSettings:
-    """What a preset buys.
-
-    sample_length: tokens of each calibration sample. refit_sequences x refit_length: tokens of the least-squares
-    reconstruction and of the distillation, half each. search_evaluations: candidates that the search may measure.
-    held_sequences x held_length: tokens each of them is measured on.
-    """
-
-    sample_length: int = 128
-    refit_sequences: int
-    refit_length: int = 512
-    search_evaluations: int
-    held_sequences: int
-    held_length: int = 128
-
-
-PRESETS: dict[Preset, PresetSettings] = {
-    Preset.PAPER: PresetSettings(refit_sequences=192, search_evaluations=0, held_sequences=8),
-    Preset.FAST: PresetSettings(refit_sequences=72, search_evaluations=0, held_sequences=8),
-    Preset.DEFAULT: PresetSettings(sample_length=256, refit_sequences=192, search_evaluations=12, held_sequences=16),
-    Preset.BEST: PresetSettings(sample_length=512, refit_sequences=512, search_evaluations=32, held_sequences=24),
-}
 TARGETS = {
     "pruning_ratio", "pruning_ratios", "target_params", "target_parameters", "target_size", "target_bytes",
     "target_speedup", "plan",
 }  # fmt: skip
 """All names of the targets that are met by pruning blocks."""
-OF_THE_PAPER = {"importance": Importance.FUSED, "strategy": Strategy.STABILITY, "restore": False}
-"""What the preset `paper` sets, unless it is given: the fused score orders units, module importance decides how much
-each module gives, the stability indicator which units are unstable; nothing compensates before the recovery."""
 
 
 def _require_none(faults: Iterable[tuple[object, str, str]]) -> None:

@@ -31,7 +31,8 @@ from saap.models.walk.spill import Keep
 from saap.models.walk.walk import layerwise_logits
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.shared.inputs import LoadedModel
-from saap.settings.prune import PRESETS, Preset, PrunableRole, PruneConfig
+from saap.settings.presets import PRESETS, Preset
+from saap.settings.prune import PrunableRole, PruneConfig
 from saap.settings.registry import Method, Strategy
 from saap.structure_search.second_order import gram_bytes
 from saap.surgery.held_out import require_sequences
