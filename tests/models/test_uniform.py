@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tests.families import build
 from torch import nn
-from transformers import Ernie4_5_MoeConfig
+from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig
 
 from saap.core.errors import LayoutError
 from saap.core.records import Layout, ModelGraph, Role, StructurePlan
@@ -96,3 +97,8 @@ def test_the_last_layer_with_experts_follows_dropped_layers() -> None:
     config.moe_layer_end_index = -1
     keep_layers(config, [0, 2], 3)
     assert config.moe_layer_end_index == -1
+    config = Ernie4_5_MoeConfig(num_hidden_layers=4, moe_layer_start_index=1, moe_layer_end_index=2)
+    keep_layers(config, [0, 3], 4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert not [name for name, _ in model.named_parameters() if "experts" in name]

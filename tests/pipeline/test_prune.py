@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +30,9 @@ from saap.core.manifest import PerplexityChange
 from saap.estimation import estimate as estimation
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observer
-from saap.pipeline.prune import finish, making, planning, with_recovery
+from saap.pipeline.prune import finish, making, planning, steps, with_recovery
 from saap.pipeline.prune.run import RunOptions, run_prune
-from saap.pipeline.shared import digests
+from saap.pipeline.shared import digests, stages
 from saap.pipeline.shared.progress import Silent
 from saap.pipeline.shared.targets import work_path
 from saap.settings.prune import PruneConfig
@@ -108,6 +110,28 @@ def test_several_ratios_share_one_estimation(source: Path, tmp_path: Path, monke
         assert result.path == tmp_path / "many" / ratio
         assert sum(p.numel() for p in saap.load(result.path).parameters()) == result.plan.parameters
     assert results[0].plan.parameters > results[1].plan.parameters
+
+
+def test_models_of_earlier_ratios_do_not_stay_in_memory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, measure = [], finish.measure_result
+
+    def measured(run: Any, target: Any, made: Any) -> Any:
+        gc.collect()
+        held.append(sum(one() is not None for one in opened))
+        found = measure(run, target, made)
+        opened.append(weakref.ref(made.model))
+        return found
+
+    opened: list[weakref.ref[torch.nn.Module]] = []
+    watched = steps.ACTIONS[stages.MEASURE]._replace(make=measured)
+    monkeypatch.setattr(steps, "ACTIONS", {**steps.ACTIONS, stages.MEASURE: watched})
+    config = PruneConfig(pruning_ratios=(0.1, 0.2, 0.3), **SETTINGS)
+    results = run_prune(source, config, RunOptions(out=tmp_path / "many"))
+    assert held == [0, 0, 0]
+    for result in results:
+        assert sum(one.numel() for one in result.model.parameters()) == result.plan.parameters
 
 
 def test_a_search_evaluates_after_compensation_where_its_strategy_says_so(

@@ -26,8 +26,9 @@ from saap.models.walk.walker import without_cache
 MOST_FIELDS = 3
 MOST_SIZES = 8
 ADAPTIVE_REMEDY = "Use --layout adaptive"
-# Numbers of leading layers that have no experts.
-DENSE_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+# Numbers of leading layers that have no experts; the second is that of the first layer with experts.
+FIRST_EXPERT_LAYER = "moe_layer_start_index"
+DENSE_LAYERS = ("first_k_dense_replace", FIRST_EXPERT_LAYER, "num_dense_layers")
 # Index of the last layer with experts; -1 is that of the model.
 LAST_EXPERT_LAYER = "moe_layer_end_index"
 # The width of one head: classes derive it from hidden size and heads unless the configuration sets it.
@@ -60,7 +61,10 @@ def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
         if isinstance(leading := getattr(config, name, None), int):
             setattr(config, name, sum(layer < leading for layer in kept))
     if isinstance(last := getattr(config, LAST_EXPERT_LAYER, None), int) and last >= 0:
-        setattr(config, LAST_EXPERT_LAYER, sum(layer <= last for layer in kept) - 1)
+        end = sum(layer <= last for layer in kept) - 1
+        setattr(config, LAST_EXPERT_LAYER, max(0, end))
+        if end < 0:  # all layers with experts are gone
+            setattr(config, FIRST_EXPERT_LAYER, len(kept))
     config.num_hidden_layers = len(kept)
     if own:  # settings of single layers, by their numbers
         by_layer = {int(layer): settings for layer, settings in own.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,10 +109,11 @@ def place_result(
         written = made_path(run, target)
         write_manifest(written, manifest) if is_file(written) else write_records(written, manifest)
         place_finished(run.work, target, written, report.as_dict())
-        if offloaded(model) is not None:
-            model = open_result(run, path)  # its files have another place now
         run.processes.barrier()
-    return PruneResult(model=model, plan=plan, report=report, path=path)
+    # Weights in files have another place now, and the models of earlier targets must not fill the memory.
+    again = path is not None and (offloaded(model) is not None or target is not run.targets[-1])
+    opened = partial(open_result, run, path) if path is not None and again else lambda: model
+    return PruneResult(plan=plan, report=report, path=path, opened=opened)
 
 
 def _load_lines(run: Run, target: Target, path: Path, made: Made) -> tuple[str, ...]:
@@ -141,7 +143,7 @@ def read_result(run: Run, target: Target) -> PruneResult:
     report = PruneReport.model_validate(finished_report(run.work, target))
     path = Path(str(target.path))
     plan = read_whole_plan(run, records_of(path) / "plan.json")
-    return PruneResult(model=open_result(run, path), plan=plan, report=report, path=path)
+    return PruneResult(plan=plan, report=report, path=path, opened=partial(open_result, run, path))
 
 
 def _model_of(made: Made) -> nn.Module:

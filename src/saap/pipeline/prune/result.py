@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +75,19 @@ class PruneReport(BaseModel):
         return {**self.model_dump(), "perplexity_ratio": self.perplexity_ratio}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """A pruned model. path: its folder, None if it was not written."""
+    """A pruned model. path: its folder, None if it was not written. opened: gives the model, on first access."""
 
-    model: nn.Module
     plan: StructurePlan
     report: PruneReport
     path: Path | None
+    opened: Callable[[], nn.Module] = field(repr=False)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The pruned model. Of several results in folders, those before the last are read from them by this."""
+        return self.opened()
 
 
 def structure_of(graph: ModelGraph, plan: StructurePlan) -> tuple[LayerStructure, ...]:
