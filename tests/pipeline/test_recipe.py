@@ -14,14 +14,18 @@ from tests import families
 from tests.pipeline import tiny
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from saap.core.errors import ConfigurationError, GroupSizeError, OutputError, SaapError
-from saap.core.records import ModelGraph
+from saap.core.errors import ConfigurationError, GroupSizeError, OutputError, PlanError, SaapError
+from saap.core.records import Layout, ModelGraph, Role
+from saap.core.storage import write_plan
+from saap.discovery import discover
+from saap.models.loading.pretrained import load
 from saap.pipeline.recipe import run as recipe_run
 from saap.pipeline.recipe.run import Step, preview_recipe, recipe_steps, run_recipe
 from saap.settings.evaluate import SpeedSettings
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe, read_recipe, recipe_from
 from saap.settings.recover import RecoverConfig
+from saap.structure_search.plan import make_plan
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SEVEN_B = LlamaConfig()
@@ -303,6 +307,21 @@ def test_a_changed_text_or_model_changes_the_digests(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
     third = [step.digest for step in recipe_steps(recipe_from(tree, "r"))]
     assert all(len({*digests}) == 3 for digests in zip(first, second, third, strict=True))
+
+
+def test_a_dry_run_checks_a_given_plan(tmp_path: Path) -> None:
+    source = tiny.folder(tmp_path / "model")
+    graph, plan = discover(load(source)), tmp_path / "plan.json"
+    keep = {group.name: tuple(range(group.units // 2)) for group in graph.of_role(Role.ATTENTION)[:1]}
+    write_plan(plan, make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="mine", align=1), graph)
+    document = json.loads(plan.read_text())
+    ((name, group),) = [(name, group) for name, group in document["groups"].items() if name in keep]
+    tree = {"model": str(source), "out": str(tmp_path / "out"), "prune": {"plan": str(plan), "roles": ["ffn"]}}
+    assert preview_recipe(recipe_from(tree, "r"))["steps"][0]["parameters"] > 0
+    del group["units"]
+    plan.write_text(json.dumps(document))
+    with pytest.raises(PlanError, match=f"only the number of units of {name}"):
+        preview_recipe(recipe_from(tree, "r"))
 
 
 @pytest.mark.parametrize(("package", "words"), [("gguf", "gguf needs the package"), ("llama_cpp_py_sync", "Checking")])

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 from saap._version import __version__
 from saap.core.errors import OutputError, StaleInputError
 from saap.core.records import ModelRef, count_parameters, digest_of
-from saap.core.storage import read_plan
 from saap.data.texts import check_source
 from saap.discovery import discover
 from saap.discovery.blocks import find_blocks
@@ -28,6 +27,7 @@ from saap.models.structure.keep_index import KeepIndex
 from saap.pipeline.evaluate.run import check_request, evaluate_model, write_report
 from saap.pipeline.export.run import export_model
 from saap.pipeline.prune.baselines import check_method, for_method
+from saap.pipeline.prune.given_plan import read_given_plan
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.recover.context import read_data
 from saap.pipeline.recover.run import run_recover
@@ -308,7 +308,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
         if target.budget is not None:
             left = check_reachable(graph, target.budget, space).parameters
         elif config.plan is not None:
-            given = read_plan(config.plan, graph)
+            given = read_given_plan(config.plan, config, model, graph, None)
             left = count_parameters(KeepIndex.of(graph, given.keep(graph), given.dropped_blocks).shapes)
         size = {"parameters": left, "bytes": left * dtype.itemsize, "dtype": str(dtype).removeprefix("torch.")}
         rows.append({**row, **size})
