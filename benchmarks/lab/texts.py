@@ -47,10 +47,14 @@ def records(file: Path) -> list[dict[str, str]]:
 
 
 def perplexities(model: str | Path, named: Mapping[str, Path], bos: bool = True, most: int = 2**30) -> dict[str, float]:
-    """Perplexity of a model on each text. most: limit of the tokens for smoke runs."""
+    """Perplexity of a model on each text, which is opened once for all texts of one length.
+
+    most: limit of the tokens of a text.
+    """
+    limits = {name: min(most, TOKENS.get(name, most)) for name in named}
     found = {}
-    for name, file in named.items():
-        report = saap.evaluate(str(model), texts=[file], max_tokens=min(most, TOKENS.get(name, most)), bos=bos)
-        (value,) = report.perplexity.values()
-        found[name] = value.value
-    return found
+    for limit in dict.fromkeys(limits.values()):
+        files = {str(named[name]): name for name in named if limits[name] == limit}
+        report = saap.evaluate(str(model), texts=list(files), max_tokens=limit, bos=bos)
+        found |= {files[text]: value.value for text, value in report.perplexity.items()}
+    return {name: found[name] for name in named}
