@@ -52,7 +52,7 @@ def perplexities(model: str | Path, named: Mapping[str, Path], bos: bool = True,
     most: limit of the tokens of a text.
     """
     limits = {name: min(most, TOKENS.get(name, most)) for name in named}
-    found = {}
+    found: dict[str, float] = {}
     for limit in dict.fromkeys(limits.values()):
         files = {str(named[name]): name for name in named if limits[name] == limit}
         report = saap.evaluate(str(model), texts=list(files), max_tokens=limit, bos=bos)

@@ -8,30 +8,45 @@ import torch
 from tests.pipeline import tiny
 
 import saap
-from saap.models.loading.devices import PRIMITIVE_CACHE_CAPACITY, computable, rounded_products
+from saap.models.loading.devices import (
+    PRIMITIVE_CACHE_CAPACITY,
+    computable,
+    quick_float32_products,
+    quick_products,
+    rounded_products,
+)
 
 CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
-def test_products_of_the_cpu_alone_are_rounded_and_only_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capable", ["avx512_bf16", "amx_bf16", ""])
+def test_products_are_rounded_where_the_processor_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, capable: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capable: True})
+    left, right = torch.rand(64, 64), torch.rand(64, 64)
+    for device, rounded in (("cpu", bool(capable)), ("meta", False)):
+        with rounded_products(torch.device(device)):
+            product = left @ right
+        assert (product.dtype == torch.bfloat16) == rounded
+        torch.testing.assert_close(product.double(), left.double() @ right.double(), rtol=2e-2, atol=0)
+    assert (quick_products(torch.device("cpu")) is not None) == bool(capable)
+    assert quick_products(torch.device("cpu"), torch.float32) is None
+    assert quick_products(torch.device("meta")) is None
+
+
+def test_quick_products_are_exact_and_their_cache_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv(CACHE, raising=False)
     before = torch.get_float32_matmul_precision()
-    with rounded_products(torch.device("meta")):
+    left, right = torch.rand(64, 64), torch.rand(64, 64)
+    for given, expected in ((None, PRIMITIVE_CACHE_CAPACITY), ("7", "7")):
+        monkeypatch.delenv(CACHE, raising=False)
+        if given is not None:
+            monkeypatch.setenv(CACHE, given)
+        with quick_float32_products():
+            assert os.environ[CACHE] == expected
+            torch.testing.assert_close(left @ right, (left.double() @ right.double()).float())
         assert torch.get_float32_matmul_precision() == before
-        assert CACHE not in os.environ
-    with rounded_products(torch.device("cpu")):
-        assert os.environ[CACHE] == PRIMITIVE_CACHE_CAPACITY
-        assert torch.get_float32_matmul_precision() == "medium"
-        left, right = torch.rand(64, 64), torch.rand(64, 64)
-        torch.testing.assert_close(left @ right, (left.double() @ right.double()).float(), rtol=2e-2, atol=0)
-    assert torch.get_float32_matmul_precision() == before
-    with pytest.raises(ValueError, match="stop"), rounded_products(torch.device("cpu")):
-        raise ValueError("stop")
-    assert torch.get_float32_matmul_precision() == before
-    monkeypatch.setenv(CACHE, "7")
-    with rounded_products(torch.device("cpu")):
-        assert os.environ[CACHE] == "7"
 
 
 def test_a_model_object_in_float16_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

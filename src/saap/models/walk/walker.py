@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -107,7 +107,8 @@ class BlockWalker:
 
     model: forward(input_ids) returns the logits, or an object with `logits`. block_paths: module paths of the decoder
     blocks in their order. Only `run_block` and the backward pass of its result access the weights of a block. The model
-    is unchanged between two calls. products: the type of matrix products in `run_block`, None for that of the weights.
+    is unchanged between two calls. products: the type of matrix products in `run_block` and `logits`, None for that of
+    the weights.
     """
 
     def __init__(self, model: nn.Module, block_paths: Sequence[str], *, products: torch.dtype | None = None) -> None:
@@ -175,8 +176,7 @@ class BlockWalker:
 
     def run_block(self, index: int, hidden: Tensor, contexts: Contexts) -> Tensor:
         """Output of block `index`. hidden: (sequences, tokens, width), of the shape the contexts were recorded for."""
-        rounding = nullcontext() if self._products is None else torch.autocast(hidden.device.type, self._products)
-        with rounding:
+        with self._rounding(hidden.device):
             output = contexts[index](hidden)
         after = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(after, Tensor):
@@ -185,6 +185,9 @@ class BlockWalker:
                 "Let it return the hidden states, or a tuple that begins with them",
             )
         return after
+
+    def _rounding(self, device: torch.device) -> AbstractContextManager[None]:
+        return nullcontext() if self._products is None else torch.autocast(device.type, self._products)
 
     def run_blocks(self, stream: Stream) -> Tensor:
         """Output of the last block."""
@@ -221,7 +224,8 @@ class BlockWalker:
         Differentiable with respect to `hidden`. Tokens are independent, so any slice of them may be passed.
         """
         placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        output = self._bypassed(placeholder, hidden)
+        with self._rounding(hidden.device):
+            output = self._bypassed(placeholder, hidden)
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise UnsupportedModelError(

@@ -14,7 +14,7 @@ from saap.core.errors import ConfigurationError
 from saap.models.loading.devices import quick_float32_products
 from saap.models.walk.processes import Processes
 from saap.pipeline.recover.context import prepare
-from saap.pipeline.recover.run import load_teacher, model_to_train, trainer_of, training_products
+from saap.pipeline.recover.run import load_teacher, model_to_train, trainer_of
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.settings.recover import RecoverConfig, Tuning
@@ -71,7 +71,7 @@ def forecast(
     teacher = load_teacher(run) if run.config.distillation else None
     model, _, parameters = model_to_train(run)
     trainer = trainer_of(run, model, teacher, parameters, Path())
-    with quick_float32_products(), training_products(run):
+    with quick_float32_products():
         of_teacher = None if trainer.teacher is None else trainer.held_out_loss(trainer.teacher)
         clock = perf_counter()
         before = trainer.held_out_loss(trainer.walker)

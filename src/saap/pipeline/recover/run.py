@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from saap.evaluation.perplexity import perplexities
 from saap.export.huggingface import FolderParts, write_recovered
 from saap.export.placing import check_place
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
-from saap.models.loading.devices import quick_float32_products, rounded_products
+from saap.models.loading.devices import quick_float32_products, quick_products
 from saap.models.loading.pretrained import end_tokens, load, load_groupwise, load_model, model_without_weights
 from saap.models.structure.linear import embedding_of
 from saap.models.walk.probe import check_reads, read_at_once
@@ -72,7 +72,7 @@ def run_recover(
         del teacher
         space = partial(check_place, work.file(STATE), trainer.missing_bytes, "--work-dir")
         run.processes.broadcast_result(space)
-        with run.meter.stage(stages.TRAIN), training_products(run):
+        with run.meter.stage(stages.TRAIN):
             training = trainer.run()
         del trainer
         with run.meter.stage(stages.MERGE):
@@ -227,17 +227,13 @@ def trainer_of(
         layers += [] if teacher is None else [teacher.get_submodule(path) for path in _linears(teacher)]
         shard_layers(layers, run.device, run.processes)
     reporter = run.meter.reporter
+    products = None if run.config.exact_products else quick_products(run.device)
     return Trainer(
-        BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=folder,
+        BlockWalker(model, find_blocks(model), products=products), parameters, run.data, run.config, folder=folder,
         processes=run.processes, report=Report(step=reporter.advance, line=reporter.note),
-        teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher)),
+        teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher), products=products),
         ends=end_tokens(model, run.tokenizer),
     )  # fmt: skip
-
-
-def training_products(run: Recovery) -> AbstractContextManager[None]:
-    """How matrices are multiplied in the training."""
-    return nullcontext() if run.config.exact_products else rounded_products(run.device)
 
 
 def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, GroupwiseWeight], out: Path) -> None:
