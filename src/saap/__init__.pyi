@@ -226,7 +226,7 @@ def recover(
     validate_every: int = 60,
     validation_samples: int = 8,
     patience: int = 5,
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: bool | None = None,
     exact_products: bool = False,
     shard: bool = False,
     seed: int = 0,
@@ -272,7 +272,7 @@ def recover(
     validate_every: Steps between two validations; the state is saved then.
     validation_samples: Sequences that are held out for validation.
     patience: Stop after this many validations without a new best; 0: never.
-    gradient_checkpointing: Recompute activations, or keep them all: faster, more memory.
+    gradient_checkpointing: Recompute activations, or keep them all: faster.
     exact_products: Train in full float32 on the CPU too: slower.
     shard: Split frozen weights over the processes (FSDP): slower, less memory.
     seed: Seed of every random choice.

@@ -18,9 +18,10 @@ from saap.models.structure.linear import weight_out_in
 from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
+from saap.recovery import train as training
 from saap.recovery.adapter import adapt, add_lora, merge
 from saap.recovery.quantise import quantise, quantise_by_feedback
-from saap.recovery.train import Report, Trainer, Training, learning_rate, share_done
+from saap.recovery.train import Report, Trainer, Training, kept_bytes, learning_rate, share_done
 from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig
 
@@ -109,6 +110,30 @@ def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> 
         torch.testing.assert_close(losses.float(), nll.sum(1).detach(), rtol=1e-4, atol=1e-4)
         for name, value in parameters.items():
             torch.testing.assert_close(value.grad, expected[name], rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("free", "recomputed"), [(10**12, False), (10**4, True)])
+def test_activations_are_recomputed_if_the_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, recomputed: bool
+) -> None:
+    calls = []
+    stock = training.checkpoint
+    monkeypatch.setattr(training, "checkpoint", lambda *a, **k: calls.append(1) or stock(*a, **k))
+    monkeypatch.setattr(training.memory, "of_process", lambda: 0)
+    monkeypatch.setattr(training.memory, "of_machine", lambda: free)
+    train(tmp_path, max_steps=1)
+    assert bool(calls) == recomputed
+
+
+def test_the_bytes_of_activations_are_those_that_autograd_keeps() -> None:
+    """Of a linear layer: its input, besides its weight."""
+    model = build("llama_tied").float()
+    width = model.config.hidden_size
+    model.linear = torch.nn.Linear(width, width)
+    walker = BlockWalker(model, blocks(model))
+    for block in walker.blocks:
+        block.forward = lambda hidden, *_, **__: model.linear(hidden)
+    assert kept_bytes(walker, walker.start(token_ids(2, 9))) == len(walker.blocks) * 2 * 9 * width * 4
 
 
 def test_training_lowers_the_loss_and_merging_keeps_the_function(tmp_path: Path) -> None:

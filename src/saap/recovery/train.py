@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -21,16 +22,19 @@ from saap.core.errors import NonFiniteLossError, StaleInputError
 from saap.core.manifest import CurvePoint
 from saap.data.training import Example, TrainingData
 from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
+from saap.models.loading import memory
 from saap.models.loading.precision import widest_dtype
 from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
-from saap.models.walk.walker import BlockWalker
+from saap.models.walk.walker import BlockWalker, Stream
 from saap.recovery.on_policy import AT_ONCE, continued
 from saap.settings.recover import RecoverConfig
 
 BETAS = (0.9, 0.95)
 STATE, BEST = "state.safetensors", "best.safetensors"
 LEAST_SHARE = 1e-3
+LARGEST_SHARE_OF_ACTIVATIONS = 0.25
+"""Of the free memory, above which activations are recomputed."""
 
 
 def share_done(config: RecoverConfig, steps: int, tokens: int, seconds: float) -> float:
@@ -106,6 +110,7 @@ class Trainer:
             list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, foreach=False
         )
         self._written: dict[int, list[Example]] = {}
+        self._bytes_of_token: float | None = None
         self.state: dict[str, Tensor] = dict(self.parameters)  # and the optimizer state, updated in place
         for name, value in self.parameters.items():
             moments = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
@@ -270,11 +275,23 @@ class Trainer:
         """Output of the last block, with an autograd graph if gradients are enabled."""
         stream = walker.start(ids)
         hidden, run = stream.hidden, walker.run_block
-        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._recomputes(stream):
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         for layer in range(len(walker.blocks)):
             hidden = run(layer, hidden, stream.contexts)
         return hidden
+
+    def _recomputes(self, stream: Stream) -> bool:
+        """Whether activations are recomputed in the backward pass: as the settings say, or if memory is short."""
+        if self.config.gradient_checkpointing is not None:
+            return self.config.gradient_checkpointing
+        if self.config.shard:  # all processes have to read the weights equally often
+            return True
+        tokens = stream.hidden.shape[:2].numel()
+        if self._bytes_of_token is None:
+            self._bytes_of_token = kept_bytes(self.walker, stream) / tokens
+        free = memory.of_device(self.device) or memory.of_machine() - memory.of_process()
+        return self._bytes_of_token * tokens > LARGEST_SHARE_OF_ACTIVATIONS * free
 
     def _sum_gradients(self) -> None:
         """Sum the gradients of all processes in one exchange."""
@@ -341,6 +358,26 @@ def _line(point: CurvePoint, validation: float, share: float, training: Training
         f"step {point.step}: loss {point.loss:.4f}, validation {validation:.4f}{closed}, {speed:.0f} tokens/s, "
         f"about {left:.0f} s left"
     )
+
+
+def kept_bytes(walker: BlockWalker, stream: Stream) -> int:
+    """Bytes of the activations that a backward pass through all blocks needs; those of one block exist at a time."""
+    weights = {one.untyped_storage().data_ptr() for one in walker.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hidden, total = stream.hidden, 0
+    for layer in range(len(walker.blocks)):
+        with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+            output = walker.run_block(layer, hidden.detach().requires_grad_(), stream.contexts)
+        total += sum(size for start, size in kept.items() if start not in weights)
+        hidden = output.detach()
+        kept.clear()
+    return total
 
 
 @torch.no_grad()

@@ -107,8 +107,9 @@ class RecoverConfig(Settings):
         int, Field(ge=0), stop_flag("Stop after this many validations without a new best; 0: never.")
     ] = 5
     gradient_checkpointing: Annotated[
-        bool, training_flag("Recompute activations, or keep them all: faster, more memory.")
-    ] = True
+        bool | None,
+        training_flag("Recompute activations, or keep them all: faster.", default="kept if the memory suffices"),
+    ] = None
     exact_products: Annotated[bool, training_flag("Train in full float32 on the CPU too: slower.")] = False
     shard: Annotated[bool, training_flag("Split frozen weights over the processes (FSDP): slower, less memory.")] = (
         False

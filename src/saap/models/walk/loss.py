@@ -85,13 +85,13 @@ def learned_losses(
     start, at_once = 0, 16
     while start < len(rows):
         part = slice(start, min(start + at_once, len(rows)))
-        soft_targets = None
+        log_q = None
         if teacher is not None:
             with torch.no_grad():
                 logits = teacher[0].logits(teacher[1][samples[part], places[part]].unsqueeze(0))[0]
-            soft_targets = logits.float().softmax(-1)
+            log_q = logits.log_softmax(-1, dtype=torch.float32)
         values, found, vocabulary = _losses_and_gradient(
-            walker, rows[part], targets[part], predictions, soft_targets=soft_targets, weight=weight,
+            walker, rows[part], targets[part], predictions, log_q=log_q, weight=weight,
             with_gradient=torch.is_grad_enabled(),
         )  # fmt: skip
         losses.index_add_(0, samples[part], values.to(losses))
@@ -107,16 +107,16 @@ def _losses_and_gradient(
     predictions: int,
     *,
     left_out: Tensor | None = None,
-    soft_targets: Tensor | None = None,
+    log_q: Tensor | None = None,
     weight: float = 0.0,
     with_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, int]:
     """Loss of each token, the gradient of their sum over `predictions`, and the size of the vocabulary.
 
-    hidden: (tokens, width). targets, left_out: (tokens,); tokens that are left out have no loss. soft_targets: (tokens,
-    vocabulary) probabilities q of the teacher. With p of the model the loss is (1 - weight) (-log p[target]) + weight
-    sum_v q (log q - log p). Its gradient for the logits is p - (1 - weight) onehot - weight q, float32 at least.
-    Besides the logits only one tensor of their size exists: the gradient reuses the storage of the log-softmax.
+    hidden: (tokens, width). targets, left_out: (tokens,); tokens that are left out have no loss. log_q: (tokens,
+    vocabulary) logarithms of the teacher's probabilities q; their storage is used up. With p of the model the loss is
+    (1 - weight) (-log p[target]) + weight sum_v q (log q - log p). Its gradient for the logits is
+    p - (1 - weight) onehot - weight q, float32 at least; it reuses the storage of the log-softmax.
     """
     part = hidden.detach().unsqueeze(0).requires_grad_(with_gradient)
     with torch.set_grad_enabled(with_gradient):
@@ -124,11 +124,12 @@ def _losses_and_gradient(
     log_p = logits.detach()[0].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     index = targets.to(logits.device).unsqueeze(-1)
     losses = -log_p.gather(-1, index).squeeze(-1)
-    if soft_targets is None:
+    if log_q is None:
         slope, share = log_p.exp_(), 1.0
     else:
-        q, share = soft_targets.to(logits.device), 1 - weight
-        losses = share * losses + weight * (torch.xlogy(q, q).sum(-1) - (q * log_p).sum(-1))
+        log_q, share = log_q.to(logits.device), 1 - weight
+        q = log_q.exp()
+        losses = share * losses + weight * (q * log_q.sub_(log_p)).sum(-1)
         slope = log_p.exp_().sub_(q, alpha=weight)
     slope.scatter_add_(-1, index, torch.full_like(index, -share, dtype=slope.dtype))
     if left_out is not None:
