@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -11,10 +12,8 @@ from saap.core.errors import CalibrationError, NonFiniteLossError
 from saap.models.loading.precision import widest_dtype
 from saap.models.walk.walker import BlockWalker
 
-TOKENS_AT_ONCE = 64
-"""Tokens whose logits exist at once: 12 MB in float32 for a vocabulary of 49152."""
-LOGITS_AT_ONCE = 2**22
-"""Logits that exist at once in training: 16 MB in float32, for any vocabulary."""
+LOGITS_AT_ONCE = 2**23
+"""Logits that exist at once: 32 MB in float32, for any vocabulary."""
 
 
 def sample_losses(
@@ -23,7 +22,6 @@ def sample_losses(
     labels: Tensor,
     *,
     first_sample: int = 0,
-    tokens_at_once: int = TOKENS_AT_ONCE,
     ignored: Collection[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Mean loss of each calibration sample, and the gradient of its own loss at the last block's output.
@@ -35,21 +33,12 @@ def sample_losses(
     and the gradient, (samples, tokens, width). The head's weights get gradients only if they require them.
     Raises NonFiniteLossError, CalibrationError for samples of one token.
     """
-    samples, length = labels.shape
+    length = labels.shape[1]
     if length < 2:
         raise CalibrationError("A calibration sample of one token predicts nothing", "Use --sample-length 2 or more")
-    gradient = torch.zeros_like(hidden)
-    losses = torch.zeros(samples, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    ignored_labels = torch.tensor(list(ignored), dtype=labels.dtype, device=labels.device)
-    for sample in range(samples):
-        for start in range(0, length - 1, tokens_at_once):
-            stop = min(start + tokens_at_once, length - 1)
-            targets = labels[sample, start + 1 : stop + 1]
-            left_out = torch.isin(targets, ignored_labels) if ignored else None
-            values, gradient[sample, start:stop], _ = _losses_and_gradient(
-                walker, hidden[sample, start:stop], targets, length - 1, left_out=left_out
-            )
-            losses[sample] += values.sum().to(losses.device)
+    learned = torch.isin(labels, torch.tensor(list(ignored), dtype=labels.dtype, device=labels.device), invert=True)
+    with torch.enable_grad():
+        losses, gradient = learned_losses(walker, hidden, labels, learned, predictions=length - 1)
     losses /= length - 1
     for sample, loss in enumerate(losses.tolist()):
         if not loss - loss == 0:
@@ -83,20 +72,23 @@ def learned_losses(
     losses = torch.zeros(len(hidden), dtype=widest_dtype(hidden.device), device=hidden.device)
     gradient = torch.zeros_like(hidden)
     start, at_once = 0, 16
-    while start < len(rows):
-        part = slice(start, min(start + at_once, len(rows)))
-        log_q = None
-        if teacher is not None:
-            with torch.no_grad():
-                logits = teacher[0].logits(teacher[1][samples[part], places[part]].unsqueeze(0))[0]
-            log_q = logits.log_softmax(-1, dtype=torch.float32)
-        values, found, vocabulary = _losses_and_gradient(
-            walker, rows[part], targets[part], predictions, log_q=log_q, weight=weight,
-            with_gradient=torch.is_grad_enabled(),
-        )  # fmt: skip
-        losses.index_add_(0, samples[part], values.to(losses))
-        gradient[samples[part], places[part]] = found
-        start, at_once = part.stop, max(1, LOGITS_AT_ONCE // vocabulary)
+    with ExitStack() as heads:
+        for one in {walker} if teacher is None else {walker, teacher[0]}:
+            heads.enter_context(one.rounded_head(hidden.device))
+        while start < len(rows):
+            part = slice(start, min(start + at_once, len(rows)))
+            log_q = None
+            if teacher is not None:
+                with torch.no_grad():
+                    logits = teacher[0].logits(teacher[1][samples[part], places[part]].unsqueeze(0))[0]
+                log_q = logits.log_softmax(-1, dtype=torch.float32)
+            values, found, vocabulary = _losses_and_gradient(
+                walker, rows[part], targets[part], predictions, log_q=log_q, weight=weight,
+                with_gradient=torch.is_grad_enabled(),
+            )  # fmt: skip
+            losses.index_add_(0, samples[part], values.to(losses))
+            gradient[samples[part], places[part]] = found
+            start, at_once = part.stop, max(1, LOGITS_AT_ONCE // vocabulary)
     return losses, gradient
 
 
@@ -106,17 +98,16 @@ def _losses_and_gradient(
     targets: Tensor,
     predictions: int,
     *,
-    left_out: Tensor | None = None,
     log_q: Tensor | None = None,
     weight: float = 0.0,
     with_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, int]:
     """Loss of each token, the gradient of their sum over `predictions`, and the size of the vocabulary.
 
-    hidden: (tokens, width). targets, left_out: (tokens,); tokens that are left out have no loss. log_q: (tokens,
-    vocabulary) logarithms of the teacher's probabilities q; their storage is used up. With p of the model the loss is
-    (1 - weight) (-log p[target]) + weight sum_v q (log q - log p). Its gradient for the logits is
-    p - (1 - weight) onehot - weight q, float32 at least; it reuses the storage of the log-softmax.
+    hidden: (tokens, width). targets: (tokens,). log_q: (tokens, vocabulary) logarithms of the teacher's probabilities
+    q; their storage is used up. With p of the model the loss is (1 - weight) (-log p[target]) + weight sum_v q (log q -
+    log p). Its gradient for the logits is p - (1 - weight) onehot - weight q, float32 at least; it reuses the storage
+    of the log-softmax.
     """
     part = hidden.detach().unsqueeze(0).requires_grad_(with_gradient)
     with torch.set_grad_enabled(with_gradient):
@@ -132,9 +123,6 @@ def _losses_and_gradient(
         losses = share * losses + weight * (q * log_q.sub_(log_p)).sum(-1)
         slope = log_p.exp_().sub_(q, alpha=weight)
     slope.scatter_add_(-1, index, torch.full_like(index, -share, dtype=slope.dtype))
-    if left_out is not None:
-        without = left_out.to(logits.device)
-        losses, slope = losses.masked_fill(without, 0.0), slope.masked_fill_(without.unsqueeze(-1), 0.0)
     gradient = torch.zeros_like(hidden)
     if with_gradient:
         (found,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype).unsqueeze(0))

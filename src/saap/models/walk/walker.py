@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
+from saap.models.structure.linear import embedding_of
 from saap.models.walk.observer import hooked
 
 ONCE = "Use a model that runs each of its blocks once, in order"
@@ -233,6 +234,23 @@ class BlockWalker:
                 "Let it return the logits, or an object with `logits`",
             )
         return logits
+
+    @contextmanager
+    def rounded_head(self, device: torch.device) -> Iterator[None]:
+        """Context for several calls of `logits`, in which weights of the head are rounded once.
+
+        Autocast remembers rounded weights only if they require gradients; nothing asks for these.
+        """
+        head = None if self._products is None else embedding_of(self.model, "output")
+        frozen = [] if head is None else [one for one in head.parameters() if not one.requires_grad]
+        with self._rounding(device):
+            try:
+                for one in frozen:
+                    one.requires_grad_(one.is_floating_point())
+                yield
+            finally:
+                for one in frozen:
+                    one.requires_grad_(False)
 
     def _bypassed(self, input_ids: Tensor, hidden: Tensor | None) -> Any:
         """The model's output if every block returns `hidden`, or its own input if that is None."""
