@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.export.gguf_models import family_folder
 from tests.export.test_gguf_experts import folder_of
 from tests.pipeline.test_experts import Noted
 from tests.published import publish_fp8, publish_mxfp4
 from torch import Tensor
 
 import saap
-from saap.core.errors import ExportError, ModelError
+from saap.core.errors import ExportError, ModelError, TargetError
 from saap.core.records import AxisSlice, ConfigField, CoupledGroup, ModelGraph, ModelRef, Role, Side
 from saap.discovery import discover
 from saap.export.expert_folder import FolderExperts, open_expert_folder
@@ -258,6 +260,23 @@ def test_other_ways_to_store_experts_are_refused(
         open_expert_folder(folder, "fp8", graph, config)
     with pytest.raises(ExportError, match="2 to 3 are kept"):
         experts.check({0: (0, 1), 1: KEPT})
+
+
+def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
+    folder = publish_fp8(family_folder(tmp_path / "dense", "qwen3", **SIZES, head_dim=16))
+    with pytest.raises(TargetError, match="no expert groups can be pruned in this model"):
+        saap.prune(folder, out=tmp_path / "small", layout="uniform", restore=False, **OPTIONS)
+
+
+def test_layers_with_different_numbers_of_experts_are_refused(tmp_path: Path) -> None:
+    folder = published(tmp_path, "gpt_oss")
+    graph, config = sink_graph(), saap.load(folder).config
+    tensors = tensors_of(folder)
+    cut = {name: tensor[:3].clone() for name, tensor in tensors.items() if name.startswith("model.layers.1.mlp.")}
+    save_file(tensors | cut, folder / "model.safetensors", metadata={"format": "pt"})
+    groups = (graph.groups[0], replace(graph.groups[1], units=3))
+    with pytest.raises(ExportError, match=r"has layers of 3, 4 experts\. Use --restore"):
+        open_expert_folder(folder, "mxfp4", replace(graph, groups=groups), config)
 
 
 def test_formats_that_are_not_dequantised_are_refused(tmp_path: Path) -> None:

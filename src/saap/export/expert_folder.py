@@ -129,7 +129,7 @@ def _read(stored: StoredTensors, name: str, rows: list[int] | None) -> Tensor:
 
 
 def open_expert_folder(folder: Path, quantisation: str, graph: ModelGraph, config: Any) -> FolderExperts:
-    """Where the experts of a folder are. config: of transformers.
+    """Where the experts of a folder are. graph: of a model with some. config: of transformers.
 
     Raises ExportError for tensors or a configuration that cannot be cut.
     """
@@ -145,10 +145,12 @@ def open_expert_folder(folder: Path, quantisation: str, graph: ModelGraph, confi
     others = [name for name in stored.shapes if ".experts." in name and name not in {*places, *left_out}]
     if others:
         raise ExportError(f"{folder} has experts that are not in the model ({listed(others, 2)})", _REMEDY)
-    (count,) = {sum(group.units for group in groups) for groups in layers.values()}
+    counts = sorted({sum(group.units for group in groups) for groups in layers.values()})
+    if len(counts) > 1:
+        raise ExportError(f"{folder} has layers of {listed([str(count) for count in counts], 4)} experts", _REMEDY)
     names = [field.name for field in graph.config_fields if field.role is Role.EXPERT]
     return FolderExperts(
-        folder=folder, type=quantisation, count=count, stored=stored, places=places,
+        folder=folder, type=quantisation, count=counts[0], stored=stored, places=places,
         fields=_fields(folder, names, config), blocks={layer: graph.blocks[layer] for layer in layers},
         left_out=left_out,
     )  # fmt: skip

@@ -134,7 +134,7 @@ def folder_experts(
     """
     changed = config.restore or config.layout is not Layout.UNIFORM or set(config.roles) != {PrunableRole.EXPERT}
     written = options.out is not None and options.dtype == "auto"
-    if loaded.folder is None or loaded.quantisation is None or changed or not written:
+    if loaded.folder is None or loaded.quantisation is None or changed or not written or not graph.of_role(Role.EXPERT):
         return None
     return open_expert_folder(loaded.folder, loaded.quantisation, graph, loaded.model.config)
 
