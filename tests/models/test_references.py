@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from saap.core.errors import ModelError
 from saap.models.loading import references
-from saap.models.loading.pretrained import load, load_model, load_tokenizer, model_ref
+from saap.models.loading.pretrained import load, load_model, load_tokenizer, model_ref, model_without_weights
 from saap.models.loading.references import resolve_model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 32}
@@ -152,6 +152,14 @@ def test_weights_of_another_size_are_an_error(folder: Path) -> None:
     edit_config(folder, intermediate_size=25)
     with pytest.raises(ModelError, match="cannot be opened"):
         load_model(resolve_model(folder), device=torch.device("cpu"))
+
+
+def test_a_configuration_that_cannot_be_read_is_named_once(folder: Path) -> None:
+    edit_config(folder, hidden_size="wide")
+    with pytest.raises(ModelError) as found:
+        model_without_weights(resolve_model(folder))
+    assert found.value.offender.startswith(f"{folder} cannot be opened as a causal language model (")
+    assert str(found.value).count("cannot be opened") == 1
 
 
 def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:

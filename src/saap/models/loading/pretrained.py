@@ -129,8 +129,8 @@ def model_without_weights(
     with_buffers: whether computed buffers have values.
     """
     empty = init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta")
+    config = load_config(resolved)
     with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), empty:
-        config = load_config(resolved)
         trusted = resolved.trust_remote_code
         model = _auto_class(resolved).from_config(config, dtype=dtype or resolved.dtype, trust_remote_code=trusted)
     return model.eval().requires_grad_(False)
