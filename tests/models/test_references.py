@@ -7,12 +7,14 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from gguf import GGUFEndian, GGUFWriter
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from saap.core.errors import ModelError
 from saap.models.loading import references
+from saap.models.loading.gguf_experts import state_expert_sizes
 from saap.models.loading.pretrained import load, load_model, load_tokenizer, model_ref, model_without_weights
 from saap.models.loading.references import resolve_model
 
@@ -168,6 +170,17 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
         resolve_model(tmp_path / "m.gguf")
     with pytest.raises(ModelError, match="does not exist"):
         resolve_model(tmp_path / "absent.gguf")
+
+
+def test_a_big_endian_gguf_is_named(tmp_path: Path) -> None:
+    """Some versions of transformers read it."""
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama", endianess=GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"m\.gguf is damaged \(it is not a little-endian GGUF file of version 2 or 3"):
+        state_expert_sizes(LlamaConfig(), tmp_path / "m.gguf")
 
 
 def test_a_packaged_model_that_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,10 +133,7 @@ def open_experts(path: Path) -> GgufExperts:
 
     Raises ModelError if it is damaged, ExportError if it has no experts that can be removed.
     """
-    try:
-        header = read_header(path)
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{path} is damaged ({error})", "Download or copy the file again") from None
+    header = read_header(path)
     count = header.own(COUNT)
     if not isinstance(count, int) or count < 1:
         raise ExportError(

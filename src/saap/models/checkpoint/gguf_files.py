@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import gguf
 import numpy as np
 
+from saap.core.errors import ModelError
 from saap.models.checkpoint.safetensor_files import Shape
 
 _TYPES = gguf.GGUFValueType
@@ -63,21 +64,28 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """The header of a file. Raises ValueError as `read_fields` does, also if the file ends before its data."""
+    """The header of a file. Raises ModelError if the file is damaged, as `read_fields` does ValueError."""
+    try:
+        with path.open("rb") as file:
+            return _header(file)
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{path} is damaged ({error})", "Download or copy the file again") from None
+
+
+def _header(file: BinaryIO) -> GgufHeader:
     fields, places = dict[str, Any](), dict[str, slice]()
-    with path.open("rb") as file:
-        count, keys = _counts(file)
-        for _ in range(keys):
-            key, value, kind, _ = _field(file)
-            fields[key] = value
-            if kind not in (_TYPES.STRING, _TYPES.ARRAY):
-                places[key] = slice(file.tell() - _number(kind).itemsize, file.tell())
-        fields_end = file.tell()
-        tensors = tuple(_tensor(file) for _ in range(count))
-        alignment = int(fields.get(gguf.Keys.General.ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT))
-        start = file.tell() + -file.tell() % alignment
-        if start + max((one.offset + one.nbytes for one in tensors), default=0) > os.fstat(file.fileno()).st_size:
-            raise ValueError("the file ends too early")
+    count, keys = _counts(file)
+    for _ in range(keys):
+        key, value, kind, _ = _field(file)
+        fields[key] = value
+        if kind not in (_TYPES.STRING, _TYPES.ARRAY):
+            places[key] = slice(file.tell() - _number(kind).itemsize, file.tell())
+    fields_end = file.tell()
+    tensors = tuple(_tensor(file) for _ in range(count))
+    alignment = int(fields.get(gguf.Keys.General.ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT))
+    start = file.tell() + -file.tell() % alignment
+    if start + max((one.offset + one.nbytes for one in tensors), default=0) > os.fstat(file.fileno()).st_size:
+        raise ValueError("the file ends too early")
     return GgufHeader(
         fields=fields, places=places, tensors=tensors, fields_end=fields_end, data_start=start, alignment=alignment
     )
@@ -96,7 +104,7 @@ def read_fields(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
 
 
 def read_tensors(path: Path) -> tuple[GgufTensor, ...]:
-    """The tensors of a file, without their data. Raises ValueError as `read_header` does."""
+    """The tensors of a file, without their data. Raises ModelError as `read_header` does."""
     return read_header(path).tensors
 
 
@@ -110,7 +118,7 @@ def _counts(file: BinaryIO) -> list[int]:
     """Numbers of tensors and of fields."""
     magic, version = _values(file, _TYPES.UINT32, 2)
     if magic != gguf.GGUF_MAGIC or version not in _VERSIONS:
-        raise ValueError(f"{file.name} is not a GGUF file of version {' or '.join(map(str, _VERSIONS))}")
+        raise ValueError(f"it is not a little-endian GGUF file of version {' or '.join(map(str, _VERSIONS))}")
     return _values(file, _TYPES.UINT64, 2)
 
 

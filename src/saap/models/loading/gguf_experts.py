@@ -18,7 +18,7 @@ _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts")
 def state_expert_sizes(config: Any, path: Path) -> None:
     """Set the sizes in a configuration that transformers made of the file, in place.
 
-    Raises ModelError if transformers reads the file as a family without experts.
+    Raises ModelError if the file is damaged or big-endian, or transformers reads it as a family without experts.
     """
     from saap.models.checkpoint.gguf_files import read_header
 
