@@ -28,7 +28,8 @@ from saap.export.gguf import plan, write
 from saap.export.gguf.architectures import ARCHITECTURES, PerLayer
 from saap.export.gguf.fields import llama3_factors
 from saap.export.gguf.modelfile import chat_template, modelfile
-from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface, read_fields
+from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface
+from saap.models.checkpoint.gguf_files import read_header
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.pipeline.export.run import export_gguf, export_model
 from saap.settings.export import ExportRequest, GgufType
@@ -462,14 +463,14 @@ def test_an_unknown_way_to_cut_is_refused() -> None:
 def test_fields_are_read_as_the_package_reads_them(tmp_path: Path) -> None:
     done = export_gguf(family_folder(tmp_path / "model", "gemma2"), tmp_path / "out.gguf", verify=False)
     reader = gguf.GGUFReader(done.path)
-    for key, *field in read_fields(done.path):
+    for key, field in read_header(done.path).fields.items():
         expected = reader.fields[key]
         element = expected.types[-1] if len(expected.types) > 1 else None
-        assert field == [expected.contents(), expected.types[0], element]
+        assert field == (expected.contents(), expected.types[0], element)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(done.path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="too early"):
-        list(read_fields(cut))
+    with pytest.raises(ModelError, match="too early"):
+        read_header(cut)
 
 
 CHATML = (

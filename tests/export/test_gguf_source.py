@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from saap.export.gguf.plan import GgufPlan
 from saap.export.gguf.tokenizer import fields_from_huggingface
 from saap.export.gguf.write import write_gguf
 from saap.export.source import open_source
-from saap.models.checkpoint.gguf_files import read_fields
+from saap.models.checkpoint.gguf_files import GgufField, read_header
 from saap.pipeline.export.run import export_gguf
 from saap.settings.export import GgufType
 
@@ -45,23 +46,19 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return at / "dense.gguf"
 
 
-def fields_of(file: Path) -> dict[str, list[Any]]:
-    return {key: field for key, *field in read_fields(file)}
-
-
-def check(found: dict[str, list[Any]], dense: Path, name: str) -> None:
-    before = fields_of(dense)
+def check(found: Mapping[str, GgufField], dense: Path, name: str) -> None:
+    before = read_header(dense).fields
     kept = {key for key in before if key.startswith("tokenizer.")} | GENERAL.keys()
     assert TOKENIZER.keys() <= kept
     assert {key: found.get(key) for key in kept} == {key: before[key] for key in kept}
     assert {key for key in found if key.startswith("tokenizer.")} <= kept
-    assert found["general.name"][0] == name
+    assert found["general.name"].value == name
     assert "general.size_label" not in found
 
 
 def test_it_keeps_tokenizer_template_and_metadata(dense: Path, tmp_path: Path) -> None:
     done = export_gguf(dense, tmp_path / "again.gguf", quantization="f16")
-    check(fields_of(done.path), dense, "The Model")
+    check(read_header(done.path).fields, dense, "The Model")
     assert done.tokenizer == "dense.gguf"
     assert done.same_tokens
 
@@ -70,7 +67,7 @@ def test_so_does_a_pruned_folder_made_from_it(dense: Path, tmp_path: Path) -> No
     options: dict[str, Any] = {"num_samples": 4, "sample_length": 32, "align": 8, "preset": "fast", "roles": ("ffn",)}
     saap.prune(dense, out=tmp_path / "small", pruning_ratio=0.2, refit_tokens=1024, **options)
     done = export_gguf(tmp_path / "small", tmp_path / "small.gguf", verify=False)
-    check(fields_of(done.path), dense, "The Model, pruned")
+    check(read_header(done.path).fields, dense, "The Model, pruned")
 
 
 def test_without_the_file_the_folder_itself_is_used(dense: Path, tmp_path: Path) -> None:

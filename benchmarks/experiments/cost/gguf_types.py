@@ -11,7 +11,7 @@ from lab.commands import in_own_process, made_by_saap
 from lab.dense import coder_model
 from lab.texts import token_ids
 
-from saap.models.checkpoint.gguf_files import read_tensors
+from saap.models.checkpoint.gguf_files import read_header
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.pipeline.export.run import export_gguf
 
@@ -82,7 +82,7 @@ def perplexity_of(file: Path, ids: list[int], window: int) -> float:
 
 def weight_bytes(file: Path) -> tuple[int, int]:
     """Bytes of the file, and weights of its tensors."""
-    return file.stat().st_size, sum(math.prod(shape) for _, shape, *_ in read_tensors(file))
+    return file.stat().st_size, sum(math.prod(shape) for _, shape, *_ in read_header(file).tensors)
 
 
 def summarise(cells: Cells) -> Values:

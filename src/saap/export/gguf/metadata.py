@@ -9,7 +9,7 @@ import gguf
 from saap.core.errors import ModelError
 from saap.export.gguf.fields import WriterFields
 from saap.export.source import ExportSource
-from saap.models.checkpoint.gguf_files import read_fields
+from saap.models.checkpoint.gguf_files import GgufField, read_header
 from saap.models.loading.references import PACKAGED_MODELS, packaged_file
 
 _GENERAL = "general."
@@ -37,16 +37,19 @@ def source_gguf(source: ExportSource) -> Path | None:
 def metadata_fields(source: ExportSource) -> WriterFields:
     """The general fields of a file: those of the dense model's GGUF file if there is one, else name and licence."""
     base, file = None if source.manifest is None else source.manifest.base, source_gguf(source)
-    kept = {} if file is None else {key: field for key, *field in _general(file)}
-    (name,) = kept.get(_KEYS.NAME, [Path(source.resolved.source if base is None else base.source).name])[:1]
+    kept = {} if file is None else copied_fields(file, _GENERAL)
+    original = (source.resolved if base is None else base).source
+    name = kept[_KEYS.NAME].value if _KEYS.NAME in kept else Path(original).name
     fields: WriterFields = [("type", "model"), ("name", name if base is None else f"{name}, pruned")]
     if base is not None and base.licence is not None and _KEYS.LICENSE not in kept:
         fields.append(("license", base.licence))
     return [*fields, *(("key_value", key, *field) for key, field in kept.items() if key not in _OWN)]
 
 
-def _general(file: Path) -> WriterFields:
+def copied_fields(file: Path, prefix: str) -> dict[str, GgufField]:
+    """The fields of another file whose keys begin with `prefix`; none if it cannot be read."""
     try:
-        return [field for field in read_fields(file) if field[0].startswith(_GENERAL)]
-    except (ValueError, KeyError):  # of another version of the format
-        return []
+        fields = read_header(file).fields
+    except ModelError:  # of another version of the format
+        return {}
+    return {key: field for key, field in fields.items() if key.startswith(prefix)}

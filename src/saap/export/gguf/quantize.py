@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from saap.data.samples import calibration_set
 from saap.data.texts import MIXED
 from saap.export.gguf.tensors import PlannedTensor
-from saap.models.checkpoint.gguf_files import read_tensors
+from saap.models.checkpoint.gguf_files import read_header
 from saap.models.loading.llama_cpp import quantize_file
 from saap.models.walk.observer import hooked
 from saap.settings.export import GGUF_BLOCK, GgufType
@@ -97,7 +97,7 @@ def fallbacks(file: Path, kind: GgufType) -> Fallbacks:
     types: Counter[str] = Counter()
     modules: dict[str, set[int]] = {}
     extra = 0
-    for name, shape, stored, _ in read_tensors(file):
+    for name, shape, stored, _ in read_header(file).tensors:
         if len(shape) > 1 and shape[-1] % GGUF_BLOCK and stored not in _UNTOUCHED:
             types[stored.name.lower()] += 1
             modules.setdefault(name.split(".")[-2], set()).add(shape[-1])

@@ -44,8 +44,8 @@ class GgufExperts:
     def type(self) -> str:
         """The type of most weights, e.g. `q4_k_m`."""
         try:
-            kind: str = gguf.LlamaFileType(self.header.fields["general.file_type"]).name
-        except (KeyError, ValueError):  # not said, or newer than the package
+            kind: str = gguf.LlamaFileType(self.header.value("general.file_type")).name
+        except ValueError:  # not said, or newer than the package
             return "gguf"
         return kind.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
 
@@ -139,7 +139,7 @@ def open_experts(path: Path) -> GgufExperts:
         raise ExportError(
             f"{path} has no experts, and nothing else can be removed from a GGUF file", "Write a folder with -o DIR"
         )
-    if int(header.fields.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT) or 1) > 1:
+    if int(header.value(gguf.Keys.Split.LLM_KV_SPLIT_COUNT) or 1) > 1:
         raise ExportError(f"{path} is one of several parts", "Join them with llama.cpp's llama-gguf-split --merge")
     layers: dict[int, tuple[GgufTensor, ...]] = {}
     strange = [tensor.name for tensor in header.tensors if _ONE_BY_ONE.match(tensor.name)]

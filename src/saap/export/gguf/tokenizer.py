@@ -11,9 +11,8 @@ import gguf
 
 from saap.core.errors import ExportError
 from saap.export.gguf.fields import WriterFields
-from saap.export.gguf.metadata import source_gguf
+from saap.export.gguf.metadata import copied_fields, source_gguf
 from saap.export.source import ExportSource
-from saap.models.checkpoint.gguf_files import read_fields
 
 # LLaMA 3, Qwen 2 and similar tokenizers differ in the number of digits per piece.
 _WORDS = (
@@ -51,11 +50,8 @@ def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> WriterF
     known: the model's tokens and ids, all of which the file must have; those beyond the embedding, which transformers
     adds when it reads some files, count for nothing. rows: of the embedding.
     """
-    try:
-        found = {key: (value, *types) for key, value, *types in read_fields(path) if key.startswith("tokenizer.")}
-    except (ValueError, KeyError):
-        return None
-    tokens = found.get(gguf.Keys.Tokenizer.LIST, [()])[0]
+    found = copied_fields(path, "tokenizer.")
+    tokens = found[gguf.Keys.Tokenizer.LIST].value if gguf.Keys.Tokenizer.LIST in found else ()
     if len(tokens) != rows or any(index < rows and tokens[index] != text for text, index in known.items()):
         return None
     return [("key_value", key, *field) for key, field in found.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +17,14 @@ from saap.models.checkpoint.safetensor_files import Shape
 
 _TYPES = gguf.GGUFValueType
 _VERSIONS = (2, 3)
+
+
+class GgufField(NamedTuple):
+    """A field of a file. kind: GGUFValueType. element: that of the entries of an array, else None."""
+
+    value: Any
+    kind: Any
+    element: Any
 
 
 class GgufTensor(NamedTuple):
@@ -36,12 +44,12 @@ class GgufTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufHeader:
-    """All of a file but its data. fields: values by key. places: where the numbers among them are in the file.
+    """All of a file but its data. fields: by key, in order. places: where the numbers among them are in the file.
 
     fields_end, data_start: positions of the list of tensors and of the data. alignment: of each tensor's data.
     """
 
-    fields: Mapping[str, Any]
+    fields: Mapping[str, GgufField]
     places: Mapping[str, slice]
     tensors: tuple[GgufTensor, ...]
     fields_end: int
@@ -51,11 +59,15 @@ class GgufHeader:
     @property
     def architecture(self) -> str:
         """Name of the architecture, the prefix of its own keys."""
-        return str(self.fields.get(gguf.Keys.General.ARCHITECTURE, ""))
+        return str(self.value(gguf.Keys.General.ARCHITECTURE) or "")
+
+    def value(self, key: str) -> Any:
+        """The value of a key; None if it is not there."""
+        return self.fields[key].value if key in self.fields else None
 
     def own(self, key: str) -> Any:
         """The value of a key of the architecture, e.g. `expert_count`; None if it is not there."""
-        return self.fields.get(f"{self.architecture}.{key}")
+        return self.value(f"{self.architecture}.{key}")
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +76,10 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """The header of a file. Raises ModelError if the file is damaged, as `read_fields` does ValueError."""
+    """The header of a file. Raises ModelError if it is damaged, or not a little-endian one of a supported version.
+
+    gguf.GGUFReader keeps several arrays per token, three times the size of the largest tensor of a small model.
+    """
     try:
         with path.open("rb") as file:
             return _header(file)
@@ -73,16 +88,17 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def _header(file: BinaryIO) -> GgufHeader:
-    fields, places = dict[str, Any](), dict[str, slice]()
+    fields, places = dict[str, GgufField](), dict[str, slice]()
     count, keys = _counts(file)
     for _ in range(keys):
-        key, value, kind, _ = _field(file)
-        fields[key] = value
-        if kind not in (_TYPES.STRING, _TYPES.ARRAY):
-            places[key] = slice(file.tell() - _number(kind).itemsize, file.tell())
+        (key,) = _values(file, _TYPES.STRING, 1)
+        fields[key] = field = _field(file)
+        if field.kind not in (_TYPES.STRING, _TYPES.ARRAY):
+            places[key] = slice(file.tell() - _number(field.kind).itemsize, file.tell())
     fields_end = file.tell()
     tensors = tuple(_tensor(file) for _ in range(count))
-    alignment = int(fields.get(gguf.Keys.General.ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT))
+    stated = fields.get(gguf.Keys.General.ALIGNMENT)
+    alignment = gguf.GGUF_DEFAULT_ALIGNMENT if stated is None else int(stated.value)
     start = file.tell() + -file.tell() % alignment
     if start + max((one.offset + one.nbytes for one in tensors), default=0) > os.fstat(file.fileno()).st_size:
         raise ValueError("the file ends too early")
@@ -91,26 +107,9 @@ def _header(file: BinaryIO) -> GgufHeader:
     )
 
 
-def read_fields(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
-    """Key, value, GGUFValueType, and the type of array entries (else None), in the order of the file.
-
-    gguf.GGUFReader keeps several arrays per token, three times the size of the largest tensor of a small model. Raises
-    ValueError if it is not a little-endian GGUF file of a supported version.
-    """
-    with path.open("rb") as file:
-        _, fields = _counts(file)
-        for _ in range(fields):
-            yield _field(file)
-
-
-def read_tensors(path: Path) -> tuple[GgufTensor, ...]:
-    """The tensors of a file, without their data. Raises ModelError as `read_header` does."""
-    return read_header(path).tensors
-
-
 def bytes_per_token(path: Path) -> int:
     """Bytes read per token: all tensors except an embedding that is not tied to the output."""
-    sizes = {tensor.name: tensor.nbytes for tensor in read_tensors(path)}
+    sizes = {tensor.name: tensor.nbytes for tensor in read_header(path).tensors}
     return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
 
 
@@ -122,13 +121,12 @@ def _counts(file: BinaryIO) -> list[int]:
     return _values(file, _TYPES.UINT64, 2)
 
 
-def _field(file: BinaryIO) -> tuple[str, Any, Any, Any]:
-    (key,) = _values(file, _TYPES.STRING, 1)
+def _field(file: BinaryIO) -> GgufField:
     kind = _TYPES(*_values(file, _TYPES.UINT32, 1))
     if kind is not _TYPES.ARRAY:
-        return key, *_values(file, kind, 1), kind, None
+        return GgufField(_values(file, kind, 1)[0], kind, None)
     element = _TYPES(*_values(file, _TYPES.UINT32, 1))
-    return key, _values(file, element, *_values(file, _TYPES.UINT64, 1)), kind, element
+    return GgufField(_values(file, element, *_values(file, _TYPES.UINT64, 1)), kind, element)
 
 
 def _tensor(file: BinaryIO) -> GgufTensor:
