@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,21 @@ def test_it_keeps_tokenizer_template_and_metadata(dense: Path, tmp_path: Path) -
     check(read_header(done.path).fields, dense, "The Model")
     assert done.tokenizer == "dense.gguf"
     assert done.same_tokens
+
+
+def test_empty_arrays_are_left_out(dense: Path, tmp_path: Path) -> None:
+    """Other programs write them; these three take 128 bytes, so that the tensors stay aligned."""
+    empty = {"general.tags": Kind.STRING, "general.datasets": Kind.STRING, "tokenizer.ggml.eog_token_ids": Kind.INT32}
+    added = [
+        struct.pack(f"<Q{len(key)}sIIQ", len(key), key.encode(), Kind.ARRAY, kind, 0) for key, kind in empty.items()
+    ]
+    whole, before = dense.read_bytes(), read_header(dense)
+    count = struct.pack("<Q", len(before.fields) + len(empty))
+    file = tmp_path / "dense.gguf"
+    file.write_bytes(b"".join([whole[:16], count, whole[24 : before.fields_end], *added, whole[before.fields_end :]]))
+    assert read_header(file).fields.keys() == before.fields.keys() | empty.keys()
+    done = export_gguf(file, tmp_path / "again.gguf", quantization="f16", verify=False)
+    check(read_header(done.path).fields, dense, "The Model")
 
 
 def test_so_does_a_pruned_folder_made_from_it(dense: Path, tmp_path: Path) -> None:

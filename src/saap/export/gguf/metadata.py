@@ -47,9 +47,12 @@ def metadata_fields(source: ExportSource) -> WriterFields:
 
 
 def copied_fields(file: Path, prefix: str) -> dict[str, GgufField]:
-    """The fields of another file whose keys begin with `prefix`; none if it cannot be read."""
+    """The fields of another file whose keys begin with `prefix`; none if it cannot be read.
+
+    Without empty arrays, which GGUFWriter refuses.
+    """
     try:
         fields = read_header(file).fields
     except ModelError:  # of another version of the format
         return {}
-    return {key: field for key, field in fields.items() if key.startswith(prefix)}
+    return {key: field for key, field in fields.items() if key.startswith(prefix) and field.value != []}
