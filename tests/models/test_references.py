@@ -156,6 +156,12 @@ def test_weights_of_another_size_are_an_error(folder: Path) -> None:
         load_model(resolve_model(folder), device=torch.device("cpu"))
 
 
+def test_a_quantisation_whose_method_is_no_word_is_named(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": []})
+    with pytest.raises(ModelError, match=r"are quantised with \[\]\. Use the model as it was before"):
+        resolve_model(folder)
+
+
 def test_a_configuration_that_cannot_be_read_is_named_once(folder: Path) -> None:
     edit_config(folder, hidden_size="wide")
     with pytest.raises(ModelError) as found:

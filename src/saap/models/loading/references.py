@@ -107,12 +107,12 @@ def _quantisation_of(folder: Path, config: dict[str, Any]) -> str | None:
     """The format of quantised weights. Raises ModelError for one that is not dequantised."""
     settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method is not None and method not in DEQUANTISED:
-        raise ModelError(
-            f"The weights of {folder} are quantised with {method}",
-            f"Use the model as it was before, or one quantised with {' or '.join(DEQUANTISED)}",
-        )
-    return method
+    if method is None or (isinstance(method, str) and method in DEQUANTISED):
+        return method
+    raise ModelError(
+        f"The weights of {folder} are quantised with {method}",
+        f"Use the model as it was before, or one quantised with {' or '.join(DEQUANTISED)}",
+    )
 
 
 def packaged_file(name: str) -> Path:
