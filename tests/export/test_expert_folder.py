@@ -22,10 +22,12 @@ from torch import Tensor
 import saap
 from saap.core.errors import ExportError, ModelError, TargetError
 from saap.core.records import AxisSlice, ConfigField, CoupledGroup, ModelGraph, ModelRef, Role, Side
+from saap.core.storage import GroupEntry, PlanDocument
 from saap.discovery import discover
 from saap.export.expert_folder import FolderExperts, open_expert_folder
 from saap.models.loading.pretrained import load_model, open_skeleton
 from saap.models.loading.references import resolve_model
+from saap.pipeline.prune.source_file import check_plan
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -252,14 +254,18 @@ def test_other_ways_to_store_experts_are_refused(
     tmp_path: Path, name: str, shape: tuple[int, ...], offender: str
 ) -> None:
     folder = published(tmp_path, "qwen3_moe")
-    experts = opened(folder)
     graph, config = discover(saap.load(folder)), saap.load(folder).config
     tensors = tensors_of(folder) | {name: torch.zeros(shape)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match=offender):
         open_expert_folder(folder, "fp8", graph, config)
-    with pytest.raises(ExportError, match="2 to 3 are kept"):
-        experts.check({0: (0, 1), 1: KEPT})
+
+
+def test_a_plan_that_one_number_of_experts_cannot_say_is_refused(tmp_path: Path) -> None:
+    experts, graph = opened(published(tmp_path, "gpt_oss"), sink_graph()), sink_graph()
+    plan = PlanDocument(format_version=1, groups={"layers.0.expert": GroupEntry(kept=2, of=4)})
+    with pytest.raises(ExportError, match=r"config\.json has .* but 2 to 4 are kept\. .* use --layout adaptive"):
+        check_plan(experts, graph, plan)
 
 
 def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:

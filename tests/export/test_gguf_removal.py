@@ -113,18 +113,3 @@ def test_files_without_such_experts_are_refused(tmp_path: Path) -> None:
     file.write_bytes(whole[:-5000])
     with pytest.raises(ModelError, match="ends too early"):
         open_experts(file)
-
-
-def test_what_one_number_of_experts_cannot_say_is_refused(tmp_path: Path) -> None:
-    experts = open_experts(file_of(tmp_path, "deepseek_v3"))
-    for keep, offender in (
-        ({}, "layers 1 of dense.gguf"),
-        ({1: (0,)}, "Each token is sent to 2 experts, but 1 are kept"),
-        ({1: (0, 1, 2)}, "4 groups of experts, which 3 do not fill"),
-    ):
-        with pytest.raises(ExportError, match=offender):
-            experts.write(tmp_path / "small.gguf", keep)
-    experts = open_experts(file_of(tmp_path / "other", "mixtral"))
-    with pytest.raises(ExportError, match="2 to 3 are kept"):
-        experts.write(tmp_path / "small.gguf", {0: (0, 1), 1: (0, 1, 2)})
-    assert not list(tmp_path.glob("*small*"))

@@ -85,9 +85,10 @@ def test_its_plan_can_be_carried_out_again(source: Path, tmp_path: Path) -> None
     plan = tmp_path / "first.saap" / "plan.json"
     saap.prune(source, plan=plan, out=tmp_path / "second.gguf", **SETTINGS)
     assert (tmp_path / "second.gguf").read_bytes() == (tmp_path / "first.gguf").read_bytes()
-    document = json.loads(plan.read_text())
+    document, experts = json.loads(plan.read_text()), ("layers.0.expert", "layers.1.expert")
     for change, error, offender in (
         ({"layers.0.expert": {"kept": 7, "of": 8}}, ExportError, "one number of experts for all layers"),
+        ({name: {"kept": 1, "of": 8} for name in experts}, PlanError, "as many as a token may be routed to"),
         ({"layers.0.attention": {"kept": 1, "of": 2}}, PlanError, r"removes parts of layers\.0\.attention"),
     ):
         edited = tmp_path / "edited.json"

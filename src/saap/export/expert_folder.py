@@ -51,15 +51,6 @@ class FolderExperts:
     places: Mapping[str, _Place]
     left_out: frozenset[str] = frozenset()
 
-    def check(self, keep: Mapping[int, Sequence[int]]) -> None:
-        """Raise ExportError unless every layer keeps the same number, which config.json has only one of."""
-        sizes = sorted({len(numbers) for numbers in keep.values()})
-        if len(sizes) > 1:
-            raise ExportError(
-                f"config.json has one number of experts for all layers, but {sizes[0]} to {sizes[-1]} are kept",
-                "Keep equally many, or use --layout adaptive",
-            )
-
     def nbytes(self, keep: Mapping[int, Sequence[int]]) -> int:
         """Bytes of the tensors with the experts `keep` of each layer."""
         return entry_bytes(self._entries(keep))

@@ -16,7 +16,7 @@ from saap.core.errors import ExportError, ModelError, listed
 from saap.core.files import whole_file
 from saap.models.checkpoint.gguf_files import GgufHeader, GgufTensor, read_header
 
-COUNT, USED, GROUPS = "expert_count", "expert_used_count", "expert_group_count"
+COUNT = "expert_count"
 _TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.\w+")
 # Modules whose outermost axis is that of the experts: their matrices, the router, and the bias of its choice.
 _STACKED = re.compile(r"ffn_(gate|up|down|gate_up)_exps|ffn_gate_inp|exp_probs_b")
@@ -49,28 +49,6 @@ class GgufExperts:
             return "gguf"
         return kind.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
 
-    def check(self, keep: Mapping[int, Sequence[int]]) -> int:
-        """How many experts each layer keeps. keep: their numbers, ascending, by layer.
-
-        Raises ExportError if layers are missing or differ, or llama.cpp could not choose among so few.
-        """
-        missing = [str(layer) for layer in self.layers if layer not in keep]
-        if missing:
-            problem = f"The experts of the layers {listed(missing, 8)} of {self.path.name} cannot be removed"
-            raise ExportError(problem, "Write a folder with -o DIR")
-        sizes = sorted({len(keep[layer]) for layer in self.layers})
-        if len(sizes) > 1:
-            raise ExportError(
-                f"A GGUF file has one number of experts for all layers, but {sizes[0]} to {sizes[-1]} are kept",
-                "Keep equally many, or write a folder",
-            )
-        used, groups = int(self.header.own(USED) or 0), int(self.header.own(GROUPS) or 1)
-        if sizes[0] < used:
-            raise ExportError(f"Each token is sent to {used} experts, but {sizes[0]} are kept", "Remove fewer")
-        if sizes[0] % groups:
-            raise ExportError(f"The router has {groups} groups of experts, which {sizes[0]} do not fill", "Keep others")
-        return sizes[0]
-
     def nbytes(self, keep: Mapping[int, Sequence[int]]) -> int:
         """Bytes of all tensors with the experts `keep` of each layer."""
         return self.header.nbytes - sum(
@@ -86,9 +64,9 @@ class GgufExperts:
         """Write the file again with the experts `keep` of each layer, atomically.
 
         Metadata and tensors are those of the source, byte for byte, but for the number of experts and what belongs to
-        the others. Raises ExportError as `check` does, OutputError.
+        the others. Every layer keeps the same number. Raises OutputError.
         """
-        kept = self.check(keep)
+        (kept,) = {len(numbers) for numbers in keep.values()}
         with whole_file(out) as part, self.path.open("rb") as source, part.open("wb") as file:
             file.write(self._fields(source, kept))
             offset = 0

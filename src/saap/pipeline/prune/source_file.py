@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Union
 
 from torch import nn
 
-from saap.core.errors import ConfigurationError, PlanError, TargetError, listed
+from saap.core.errors import ConfigurationError, ExportError, PlanError, TargetError, listed
 from saap.core.manifest import Change, RunManifest
 from saap.core.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 from saap.core.storage import PlanDocument, write_plan, write_scores, write_whole
@@ -102,7 +102,14 @@ def check_plan(experts: Experts, graph: ModelGraph, given: PlanDocument) -> None
         what = listed([*others, *(f"block {layer}" for layer in given.dropped_blocks)], 4)
         problem = f"Only whole experts can be removed from the model's own files, but the plan removes parts of {what}"
         raise PlanError(problem, "Write a folder with -o DIR and --restore")
-    experts.check(_of_layers(graph, lambda group: range(keep.get(group.name, group.units))))
+    kept = _of_layers(graph, lambda group: range(keep.get(group.name, group.units)))
+    sizes = sorted({len(numbers) for numbers in kept.values()})
+    if len(sizes) > 1:
+        place, other = "A GGUF file", "write a folder"
+        if isinstance(experts, FolderExperts):
+            place, other = "config.json", "use --layout adaptive"
+        problem = f"{place} has one number of experts for all layers, but {sizes[0]} to {sizes[-1]} are kept"
+        raise ExportError(problem, f"Keep equally many, or {other}")
 
 
 def file_budget(experts: Experts, graph: ModelGraph, target: int) -> Budget:
