@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from saap.export.gguf.tensors import PlannedTensor
 from saap.export.gguf.tokenizer import tokenizer_fields
 from saap.export.placing import check_file
 from saap.export.source import ExportSource, Progress
-from saap.models.checkpoint.groupwise import PackedMatrices
+from saap.models.checkpoint.groupwise import PACKED_FILE, Q4_1_GROUP, GroupwiseWeight, q4_1_blocks, read_packed
 from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.settings.export import ExportRequest, GgufType
 
@@ -43,8 +43,8 @@ def write(
     """
     kind, ollama = request.quantization, out.with_name(f"{out.stem}.Modelfile")
     check_file(ollama, 0, overwrite=overwrite)
-    packed = PackedMatrices(source.resolved.folder) if kind is GgufType.Q4_1 else None
-    plan = GgufPlan(source.config, source.tensors.shapes, kind, packed.names if packed is not None else ())
+    packed, not_packed = _q4_1_weights(source.resolved.folder) if kind is GgufType.Q4_1 else ({}, None)
+    plan = GgufPlan(source.config, source.tensors.shapes, kind, packed)
     said: dict[str, Any] = dict(plan.fields)
     tokenizer, origin = tokenizer_fields(source, said["vocab_size"])
     check_file(out, plan.needed_bytes, overwrite=overwrite)
@@ -75,9 +75,21 @@ def write(
     done = GgufExport(
         path=out, modelfile=ollama, bytes=out.stat().st_size, architecture=plan.architecture, quantization=kind.value,
         tokenizer=origin, imatrix=imatrix, packed_matrices=sum(tensor.packed for tensor in plan.tensors),
-        not_packed=None if packed is None else packed.refused, **found,
+        not_packed=not_packed, **found,
     )  # fmt: skip
     return done.model_copy(update={"notes": tuple(notes(done))})
+
+
+def _q4_1_weights(folder: Path) -> tuple[dict[str, GroupwiseWeight], str | None]:
+    """The packed weights of a folder that are Q4_1 already, by name, and why others are not."""
+    found, refused = dict[str, GroupwiseWeight](), None
+    packed = read_packed(folder) if (folder / "saap" / PACKED_FILE).is_file() else {}
+    for path, weight in packed.items():
+        if (weight.bits, weight.group_size) == (4, Q4_1_GROUP):
+            found[f"{path}.weight"] = weight
+        else:
+            refused = f"{PACKED_FILE} has {weight.bits} bits in groups of {weight.group_size}"
+    return found, refused
 
 
 def _require(checked: Agreement, plan: GgufPlan, out: Path) -> None:
@@ -91,12 +103,13 @@ def _require(checked: Agreement, plan: GgufPlan, out: Path) -> None:
 
 
 def write_gguf(
-    path: Path, plan: GgufPlan, tensors: StoredTensors, fields: WriterFields, packed: PackedMatrices | None = None,
+    path: Path, plan: GgufPlan, tensors: StoredTensors, fields: WriterFields,
+    packed: Mapping[str, GroupwiseWeight] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:  # fmt: skip
     """Write the file with only a few rows and the tokenizer's fields in memory.
 
-    fields: of name and licence, plan, and tokenizer. packed: source of the blocks that the plan copies.
+    fields: of name and licence, plan, and tokenizer. packed: weights whose blocks the plan copies, by name.
     """
     writer = gguf.GGUFWriter(path, plan.architecture)
     try:
@@ -111,7 +124,7 @@ def write_gguf(
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
         for done, tensor in enumerate(plan.tensors):
-            for chunk in _chunks(tensor, tensors, packed):
+            for chunk in _chunks(tensor, tensors, packed or {}):
                 chunk.tofile(file)
             writer.write_padding(file, tensor.nbytes)
             progress(done + 1, len(plan.tensors))
@@ -119,7 +132,9 @@ def write_gguf(
         writer.close()
 
 
-def _chunks(tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrices | None) -> Iterator[NDArray[Any]]:
+def _chunks(
+    tensor: PlannedTensor, tensors: StoredTensors, packed: Mapping[str, GroupwiseWeight]
+) -> Iterator[NDArray[Any]]:
     """The bytes of one tensor, whole rows at a time."""
     if tensor.values is not None:
         yield np.asarray(tensor.values, dtype=np.float32) * np.float32(tensor.factor)
@@ -129,7 +144,7 @@ def _chunks(tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrice
 
 
 def _chunks_of(
-    source: str | None, tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrices | None
+    source: str | None, tensor: PlannedTensor, tensors: StoredTensors, packed: Mapping[str, GroupwiseWeight]
 ) -> Iterator[NDArray[Any]]:
     """The bytes of one source of a tensor."""
     shape = tensor.shape if source is None else tensors.shapes[source]
@@ -138,8 +153,8 @@ def _chunks_of(
     for first in range(0, count, step):
         last = min(first + step, count)
         values: NDArray[Any] = np.zeros((last - first, *shape[1:]), dtype=np.float32)
-        if tensor.packed and source is not None and packed is not None:
-            values = packed.rows(source, first, last).numpy()
+        if tensor.packed and source is not None:
+            values = q4_1_blocks(packed[source], slice(first, last)).numpy()
         elif source is not None:
             values = tensors.read(source)[first:last].to("cpu", torch.float32).numpy()
         if tensor.part is not None:

@@ -270,37 +270,11 @@ def _layouts(path: Path, file: Any) -> dict[str, tuple[int, int]]:
         raise ModelError(f"{path} is damaged ({error})", "Copy the file again") from None
 
 
-def q4_1_blocks(weight: GroupwiseWeight) -> Tensor:
-    """The weight as GGUF blocks of type Q4_1, (out, in / 32 * 20) uint8.
+def q4_1_blocks(weight: GroupwiseWeight, rows: slice = slice(None)) -> Tensor:
+    """Rows of the weight as GGUF blocks of type Q4_1, (out, in / 32 * 20) uint8.
 
     A block of 32 weights has its scale and minimum in float16 and 16 bytes of codes. Codes and scales are copied
     exactly; the minimum is the zero point rounded to float16. weight: of 4 bits in groups of 32.
     """
-    numbers = torch.stack([weight.scale, weight.zero.half()], dim=-1).contiguous().view(torch.uint8)
-    return torch.cat([numbers, weight.packed], dim=-1).flatten(1)
-
-
-class PackedMatrices:
-    """The packed weights of a checkpoint folder that are Q4_1 already, read a few rows at a time.
-
-    names: of the weights, as in a plain checkpoint. refused: why there are none although the folder has packed weights
-    (other bits or group sizes); None otherwise. Raises ModelError for a damaged file.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "saap" / PACKED_FILE
-        self.names: set[str] = set()
-        self.refused: str | None = None
-        if self._path.is_file():
-            with open_safetensors(self._path) as file:
-                layouts = _layouts(self._path, file)
-            self.names = {f"{path}.weight" for path, layout in layouts.items() if layout == (4, Q4_1_GROUP)}
-            others = [layout for layout in layouts.values() if layout != (4, Q4_1_GROUP)]
-            if others:
-                self.refused = f"{PACKED_FILE} has {others[-1][0]} bits in groups of {others[-1][1]}"
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first..last-1 of a weight as blocks, see `q4_1_blocks`."""
-        with open_safetensors(self._path) as file:
-            parts = {part: file.get_slice(f"{name.removesuffix('.weight')}.{part}")[first:last] for part in _PARTS}
-        return q4_1_blocks(GroupwiseWeight(**parts, bits=4, group_size=Q4_1_GROUP))
+    numbers = torch.stack([weight.scale[rows], weight.zero[rows].half()], dim=-1).contiguous().view(torch.uint8)
+    return torch.cat([numbers, weight.packed[rows]], dim=-1).flatten(1)
