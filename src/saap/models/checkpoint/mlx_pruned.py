@@ -103,7 +103,9 @@ def Model(args: ModelArgs) -> Any:  # noqa: N802 - the name that MLX-LM asks for
             set_epsilons(self, args.structure)
             return weights
 
-    check_expressible(args.structure)
+    if args.structure.get("sliced_arguments"):
+        paths = ", ".join(args.structure["sliced_arguments"])
+        raise ValueError(f"MLX-LM cannot cut the per-head arguments of {paths}; prune the FFNs only.")
     model = PrunedModel(args.arguments)
     check_layers(model, args.config)
     return model
@@ -125,13 +127,6 @@ class Removed(nn.Module):  # type: ignore[misc, unused-ignore]
             cache.update_and_fetch(nothing, nothing)
         zeros = mx.zeros_like(inputs)
         return zeros + self.bias if "bias" in self else zeros
-
-
-def check_expressible(structure: Mapping[str, Any]) -> None:
-    """Raise ValueError for changes that no stock class can follow."""
-    if structure.get("sliced_arguments"):
-        paths = ", ".join(structure["sliced_arguments"])
-        raise ValueError(f"MLX-LM cannot cut the per-head arguments of {paths}; prune the FFNs only.")
 
 
 def check_layers(model: Any, config: Mapping[str, Any]) -> None:

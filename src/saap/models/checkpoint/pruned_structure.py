@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from saap.core.records import ModelGraph, SlicedArgument, StructurePlan, Value
+from saap.core.records import ModelGraph, StructurePlan, Value
 from saap.models.checkpoint.layer_fields import LayerFields
 from saap.models.checkpoint.modeling_pruned import (
     AUTO_CLASSES,
@@ -111,13 +111,6 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
 def epsilon_name(norm: nn.Module) -> str | None:
     """Name of a norm's epsilon attribute; None if there is none."""
     return next((name for name in EPSILON_NAMES if hasattr(norm, name)), None)
-
-
-def argument_hook(module: nn.Module, sliced: SlicedArgument, units: int, kept: Sequence[int]) -> ArgumentSlice:
-    """The hook that cuts an argument of the module to the kept ones of its units."""
-    return ArgumentSlice(
-        module, argument=sliced.argument, axis=sliced.axis, per_sample=sliced.per_sample, units=units, kept=kept
-    )
 
 
 def argument_slice(module: nn.Module) -> ArgumentSlice | None:

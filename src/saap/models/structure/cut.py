@@ -10,8 +10,8 @@ from torch import nn
 
 from saap.core.errors import PlanError
 from saap.core.records import AxisSlice, CoupledGroup, Side
-from saap.models.checkpoint.modeling_pruned import ConstantOutput, resize, set_attribute
-from saap.models.checkpoint.pruned_structure import argument_hook, argument_slice
+from saap.models.checkpoint.modeling_pruned import ArgumentSlice, ConstantOutput, resize, set_attribute
+from saap.models.checkpoint.pruned_structure import argument_slice
 from saap.models.structure.keep_index import KeepIndex, KeptAxis, Shape
 from saap.models.structure.norms import rescale_norm
 from saap.models.walk.offload import onload
@@ -100,7 +100,10 @@ def _follow(model: nn.Module, group: CoupledGroup, kept: Sequence[int], index: K
         module = model.get_submodule(sliced.module)
         earlier = argument_slice(module)
         if earlier is None:
-            hook = argument_hook(module, sliced, group.units, kept or (0,))
+            hook = ArgumentSlice(
+                module, argument=sliced.argument, axis=sliced.axis, per_sample=sliced.per_sample, units=group.units,
+                kept=kept or (0,),
+            )  # fmt: skip
             module.register_forward_pre_hook(hook, with_kwargs=True)
         else:
             earlier.kept = [earlier.kept[unit] for unit in kept or (0,)]

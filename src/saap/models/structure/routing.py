@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from saap.core.records import AxisSlice, CoupledGroup
+from saap.core.records import CoupledGroup
 
 TOKENS_AT_ONCE = 2048
 """Tokens that experts process at once: their activations are those of several experts for each token."""
@@ -77,19 +78,12 @@ def never_chosen(
     for group in groups:
         removed = group.others(keep.get(group.name, range(group.units)))
         for member in (*group.members, *group.buffers):
-            tensor = _tensor(model, member)
+            tensor: Tensor = attrgetter(member.tensor)(model)
             if tensor.numel() == tensor.shape[member.axis]:
                 biases.setdefault(tensor, (member.axis, []))[1].extend(member.indices(removed))
             elif tensor.ndim == 2:
                 routers.setdefault(tensor, []).extend(member.indices(removed))
     return _NeverChosen(WeakTensorKeyDictionary(routers), WeakTensorKeyDictionary(biases))
-
-
-def _tensor(model: nn.Module, member: AxisSlice) -> Tensor:
-    path, _, name = member.tensor.rpartition(".")
-    module = model.get_submodule(path)
-    found: Tensor = module._parameters[name] if name in module._parameters else module._buffers[name]  # type: ignore[assignment]
-    return found
 
 
 class _NeverChosen(TorchFunctionMode):
