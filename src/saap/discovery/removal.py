@@ -25,7 +25,7 @@ from saap.models.structure.cut import can_be_empty, cut_groups
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.linear import contracted_axis, embedding_of
 from saap.models.structure.masking import masked
-from saap.models.walk.observer import hooked
+from saap.models.walk.observer import StopForwardError, hooked
 from saap.models.walk.walker import without_cache
 
 # Some models compute attention in float32 in any dtype; the error of a wrong size is far larger.
@@ -144,19 +144,15 @@ def _called(model: nn.Module, path: str, samples: int = 2) -> tuple[tuple[Any, .
     """Arguments, keywords and output of the module at `path` in a forward pass on a few tokens."""
 
     def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        raise _ReachedError(arguments, keywords, output[0] if isinstance(output, (tuple, list)) else output)
+        raise StopForwardError(arguments, keywords, output[0] if isinstance(output, (tuple, list)) else output)
 
     tokens = 2 + torch.arange(samples * TOKENS).reshape(samples, TOKENS) % 5
     try:
         with hooked({model.get_submodule(path): stop}, with_kwargs=True):
             model(tokens, **without_cache(model))
-    except _ReachedError as reached:
+    except StopForwardError as reached:
         return reached.args
     raise RuntimeError(f"{path} was not called")
-
-
-class _ReachedError(Exception):
-    """Ends a forward once a module has run."""
 
 
 def _renumbered(group: TracedGroup, units: list[int], index: KeepIndex) -> TracedGroup:

@@ -134,8 +134,8 @@ class Capture(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class _StopBlockError(Exception):
-    """Ends a block's forward once the module of interest has run."""
+class StopForwardError(Exception):
+    """Ends a forward, of a block or a model, once what is of interest has run."""
 
 
 @contextmanager
@@ -149,9 +149,9 @@ def capture(model: nn.Module, paths: Sequence[str], *, stop: bool = False) -> It
     def record(path: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         seen[path] = Capture(arguments[0], output, arguments)
         if stop:
-            raise _StopBlockError
+            raise StopForwardError
 
-    with suppress(_StopBlockError), hooked({model.get_submodule(path): partial(record, path) for path in paths}):
+    with suppress(StopForwardError), hooked({model.get_submodule(path): partial(record, path) for path in paths}):
         yield seen
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
 from saap.models.structure.linear import embedding_of
-from saap.models.walk.observer import hooked
+from saap.models.walk.observer import StopForwardError, hooked
 
 ONCE = "Use a model that runs each of its blocks once, in order"
 
@@ -69,10 +69,6 @@ class Stream:
 
     hidden: Tensor
     contexts: Contexts
-
-
-class _AllSeen(Exception):  # noqa: N818 - not an error
-    """Aborts the forward once every block has been called."""
 
 
 class _Shared:
@@ -163,10 +159,10 @@ class BlockWalker:
 
             contexts.append(call)
             if turn + 1 == count and not to_the_end:
-                raise _AllSeen
+                raise StopForwardError
 
         hooks = dict.fromkeys(self.blocks, before_block)
-        with suppress(_AllSeen), hooked(hooks, before=True, prepend=True, with_kwargs=True):
+        with suppress(StopForwardError), hooked(hooks, before=True, prepend=True, with_kwargs=True):
             self._bypassed(input_ids, None)
         if len(contexts) != count:
             raise UnsupportedModelError(
