@@ -83,7 +83,7 @@ def read_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file:
             return _header(file)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, ArithmeticError) as error:  # of an alignment of 0
         raise ModelError(f"{path} is damaged ({error})", "Download or copy the file again") from None
 
 
