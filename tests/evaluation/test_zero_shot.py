@@ -168,3 +168,13 @@ def test_tasks_that_are_no_choices_are_refused_before_any_is_scored(model, monke
     for name in ("mmlu", "ai2_arc"):
         with pytest.raises(EvaluationError, match=f"{name} is a group of tasks"):
             check_tasks(["arc_easy", name], None)
+
+
+def test_a_task_whose_answers_are_right_to_some_degree_is_refused(model, monkeypatch) -> None:
+    choices = {"choices": ["No", "Yes", "Perhaps"], "labels": [1, 0, 1]}
+    rows = datasets.Dataset.from_list([{"question": "Is it?", "mc1_targets": choices, "mc2_targets": choices}] * 2)
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: datasets.DatasetDict({"validation": rows}))
+    (one,) = evaluate_tasks(*model, ["truthfulqa_mc1"]).values()
+    assert one.questions == 2
+    with pytest.raises(EvaluationError, match="truthfulqa_mc2 scores answers by a rule of its own"):
+        evaluate_tasks(*model, ["truthfulqa_mc2"])

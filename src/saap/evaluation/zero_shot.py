@@ -189,6 +189,9 @@ def _hub_task(name: str) -> Any:
         ) from error
     if task.OUTPUT_TYPE != "multiple_choice":
         raise EvaluationError(f"{name} is not a multiple-choice task", f"Use some of {', '.join(PAPER_TASKS)}")
+    if callable(task.config.process_results):  # an answer of truthfulqa_mc2 is right to 0.3
+        problem = f"{name} scores answers by a rule of its own, not as right or wrong"
+        raise EvaluationError(problem, f"Use some of {', '.join(PAPER_TASKS)}")
     return task
 
 
