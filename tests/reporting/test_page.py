@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -174,6 +175,25 @@ def test_figures_become_files(tmp_path) -> None:
     for svg in svgs:
         assert ElementTree.fromstring(svg.read_text()).tag.endswith("svg")
     assert (tmp_path / "figures" / f"{page.figures[0].name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_has_the_same_name_gets_a_number(evaluation, tmp_path) -> None:
+    """Texts of one file name in two folders, and two reports of `saap eval`."""
+    content = comparison()
+    for part in (content["dense"], *content["rows"]):
+        part["perplexity"]["c/text.txt"] = part["perplexity"]["a/b/text.txt"]
+    for one in content["rows"]:
+        one["ratios"]["c/text.txt"] = 7.5
+    (tmp_path / "comparison.json").write_text(json.dumps(content))
+    page = build_page(tmp_path, [evaluation, evaluation])
+    written = write_page(page, tmp_path / "page.html", tmp_path / "figures")
+    assert len(set(written)) == len(written)
+    names = {path.name for path in written}
+    assert {"ratio-cut-text-txt.svg", "ratio-cut-text-txt-2.svg", "gain-text-txt-2.svg", "speed-2.png"} < names
+    shown = re.findall(r'\sid="([^"]+)"', (tmp_path / "page.html").read_text())
+    assert len(set(shown)) == len(shown)
+    perplexities = [path.read_text() for path in written if "perplexity-dense-cut-only" in path.name]
+    assert sum("7.500" in text for text in perplexities) == 2  # as Markdown and as LaTeX
 
 
 def test_the_recovery_of_a_model_is_shown(model_folder, tmp_path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import jinja2
 
 from saap._version import __version__
 from saap.reporting.figures import Figure, to_svg
-from saap.reporting.tables import Table
+from saap.reporting.tables import Table, numbered
 
 LONG = 14
 """Number of rows from which a table is collapsed."""
@@ -38,12 +38,23 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A whole report. tiles: (value, label), the headline figures."""
+    """A whole report. tiles: (value, label), the headline figures.
+
+    Sections and figures of the same name get numbers: the names are those of anchors and files.
+    """
 
     title: str
     summary: str
     tiles: Sequence[tuple[str, str]]
     sections: Sequence[Section]
+
+    def __post_init__(self) -> None:
+        sections = numbered(section.name for section in self.sections)
+        figures = iter(numbered(figure.name for figure in self.figures))
+        object.__setattr__(self, "sections", [
+            replace(section, name=name, figures=[replace(one, name=next(figures)) for one in section.figures])
+            for section, name in zip(self.sections, sections, strict=True)
+        ])  # fmt: skip
 
     @property
     def figures(self) -> list[Figure]:

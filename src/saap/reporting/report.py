@@ -19,7 +19,7 @@ from saap.reporting.comparison_page import comparison_page
 from saap.reporting.figures import slug, write_figures
 from saap.reporting.model_page import model_page
 from saap.reporting.page import Page, render
-from saap.reporting.tables import write_table
+from saap.reporting.tables import numbered, write_table
 
 _Record = TypeVar("_Record", bound=BaseModel)
 
@@ -77,10 +77,10 @@ def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
         if figure_folder is None:
             return [out]
         written = [out, *write_figures(page.figures, figure_folder)]
-        for section in page.sections:
-            for caption, table in section.tables:
-                name = f"{section.name}-{slug(caption).lower()[:60].rstrip('-')}"
-                written += write_table(table, figure_folder / name, ("md", "tex"))
+        tables = [(section.name, *table) for section in page.sections for table in section.tables]
+        names = numbered(f"{section}-{slug(caption).lower()[:60].rstrip('-')}" for section, caption, _ in tables)
+        for name, (*_, table) in zip(names, tables, strict=True):
+            written += write_table(table, figure_folder / name, ("md", "tex"))
         return written
     except OSError as error:
         raise OutputError(f"{out} cannot be written ({error.strerror})", "Choose another --out") from error

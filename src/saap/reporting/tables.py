@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from saap.core.evaluation_records import TaskResult
@@ -57,6 +57,18 @@ def names_apart(models: Sequence[tuple[str, str | None]]) -> list[str]:
         f"{source}@{revision}" if revision is not None and sources.count(source) > 1 else source
         for source, revision in models
     ]
+
+
+def numbered(names: Iterable[str]) -> list[str]:
+    """The names, with a number at the end of each that is there already; upper and lower case are the same in files."""
+    found: dict[str, str] = {}
+    for name in names:
+        one, count = name, 1
+        while one.lower() in found:
+            count += 1
+            one = f"{name}-{count}"
+        found[one.lower()] = one
+    return list(found.values())
 
 
 def to_csv(table: Table) -> str:
