@@ -283,6 +283,20 @@ def test_layers_of_different_widths_are_shown(tmp_path: Path, capsys: pytest.Cap
     assert (code, "by-layer-ffn" in out.read_text()) == (0, True), error
 
 
+def test_the_experts_of_a_layer_are_shown_together(tmp_path: Path) -> None:
+    content, names = files(MILD), [f"layers.{layer}.ffn.expert.{expert}" for layer in (0, 1) for expert in (0, 1, 2)]
+    content["plan"]["groups"] = {
+        name: {"kept": 90 - 10 * expert, "of": 100, "units": f"0-{89 - 10 * expert}"}
+        for expert, name in enumerate(names[:3])
+    } | {name: {"kept": 100, "of": 100, "units": "0-99"} for name in names[3:]}
+    generator = np.random.default_rng(0)
+    found = {f"{name}__{one}": generator.random(100) for name in names for one in STATISTICS}
+    folder = with_scores(written(tmp_path, content), groups=json.dumps(names), **found) / "model"
+    structure, importance = (one for one in build_page(folder).sections if one.name in ("structure", "importance"))
+    assert structure.tables[0][1] == (["layer", "ffn"], [["0", "240 of 300"], ["1", "300 of 300"]])
+    assert [rows[0][:2] for _, (_, rows) in importance.tables] == [["ffn", "600"], ["0", "240 of 300"]]
+
+
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():

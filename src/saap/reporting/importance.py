@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,9 +47,19 @@ def plan_groups(plan: PlanDocument, file: Path) -> dict[str, PlanGroup]:
     return found
 
 
+def by_layer(groups: Iterable[PlanGroup]) -> list[PlanGroup]:
+    """One group for each role of a layer: experts, which have groups of their own, are added up."""
+    found: dict[tuple[int, str], PlanGroup] = {}
+    for group in groups:
+        before = found.get((group.layer, group.role), PlanGroup(group.layer, group.role, 0, 0, None))
+        kept, of = before.kept + group.kept, before.of + group.of
+        found[group.layer, group.role] = dataclasses.replace(before, kept=kept, of=of)
+    return list(found.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModuleScores:
-    """Scores of one module's units, all (units,).
+    """Scores of the units of one role in a layer, all (units,); those of its experts one after another.
 
     vector, element, fused: importance. fluctuation: variance over samples of the fused score. kept: True for units
     that are kept.
@@ -83,7 +94,7 @@ class ModuleScores:
 
 
 def read_modules(file: Path, groups: Mapping[str, PlanGroup], scope: str) -> list[ModuleScores]:
-    """The scores of every prunable module, fused as in the run. scope: name of a FusionScope.
+    """The scores of every role in every layer, fused as in the run. scope: name of a FusionScope.
 
     Raises EvaluationError for scores that do not fit the plan or are not finite.
     """
@@ -95,12 +106,18 @@ def read_modules(file: Path, groups: Mapping[str, PlanGroup], scope: str) -> lis
         raise EvaluationError(
             f"{file} does not fit the plan and the manifest next to it ({error})", "Use the folder as it was written"
         ) from None
+    places: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
+    for name in (name for name in groups if name in fused):
+        places[groups[name].layer, groups[name].role].append(name)
     return [
         ModuleScores(
-            layer=group.layer, role=group.role, vector=scores.groups[name].vector, element=scores.groups[name].element,
-            fused=fused[name].mean, fluctuation=fused[name].variance, kept=kept[name],
+            layer=layer, role=role, vector=np.concatenate([scores.groups[name].vector for name in names]),
+            element=np.concatenate([scores.groups[name].element for name in names]),
+            fused=np.concatenate([fused[name].mean for name in names]),
+            fluctuation=np.concatenate([fused[name].variance for name in names]),
+            kept=np.concatenate([kept[name] for name in names]),
         )
-        for name, group in groups.items() if name in fused
+        for (layer, role), names in places.items()
     ]  # fmt: skip
 
 

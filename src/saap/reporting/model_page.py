@@ -14,7 +14,7 @@ from saap.core.storage import read_plan
 from saap.reporting import model_figures as drawn
 from saap.reporting.comparison_page import ratio_section
 from saap.reporting.figures import Figure, words
-from saap.reporting.importance import ModuleScores, PlanGroup, plan_groups, read_modules
+from saap.reporting.importance import ModuleScores, PlanGroup, by_layer, plan_groups, read_modules
 from saap.reporting.page import Page, Section
 from saap.reporting.sections import environment_section, evaluation_sections
 from saap.reporting.tables import number
@@ -94,12 +94,12 @@ def _vocabulary_section(vocabulary: VocabularyRecord, kinds: Sequence[KindChange
 
 def _structure_section(groups: Sequence[PlanGroup], dropped: Sequence[int]) -> Section:
     by_role: dict[str, list[PlanGroup]] = {}
-    by_layer: defaultdict[int, dict[str, str]] = defaultdict(dict)
-    for group in groups:
+    cells: defaultdict[int, dict[str, str]] = defaultdict(dict)
+    for group in by_layer(groups):
         by_role.setdefault(group.role, []).append(group)
-        by_layer[group.layer][group.role] = f"{group.kept} of {group.of}"
+        cells[group.layer][group.role] = f"{group.kept} of {group.of}"
     pruned = [role for role, same in by_role.items() if any(group.kept < group.of for group in same)]
-    rows = [[str(layer), *(cells.get(role, "") for role in by_role)] for layer, cells in sorted(by_layer.items())]
+    rows = [[str(layer), *(one.get(role, "") for role in by_role)] for layer, one in sorted(cells.items())]
     return Section(
         name="structure",
         title="What is kept",
@@ -110,9 +110,8 @@ def _structure_section(groups: Sequence[PlanGroup], dropped: Sequence[int]) -> S
 
 
 def _importance_section(modules: Sequence[ModuleScores]) -> Section:
-    """Scores of each role, one module per layer."""
     by_role = {
-        role: sorted({one.layer: one for one in modules if one.role == role}.values(), key=lambda one: one.layer)
+        role: sorted((one for one in modules if one.role == role), key=lambda one: one.layer)
         for role in dict.fromkeys(one.role for one in modules)
     }
     figures: list[Figure] = []
