@@ -84,12 +84,13 @@ def page_of(experiment: Experiment, request: Request, state: State, summary: Map
         return templates().get_template("unfinished.md.jinja").render(**said, experiment=experiment, state=state)
     template = templates().get_template(f"{experiment.name}.md.jinja")
     said |= {name: block(experiment, name, summary) for name in ("finding", "decision")}
+    own = {*experiment.names(request), *experiment.extra}
     return template.render(
         **said, s=summary, experiment=experiment, figures=charts(experiment, summary),
         settings=experiment.chosen(request), environments=_environments(state), cells=len(state.found),
         missing=len(state.missing),
         undated=sum(record.get("code") is None for record in state.found.values()),
-        seconds=sum(record.get("seconds") or 0.0 for record in state.found.values()),
+        seconds=sum(record.get("seconds") or 0.0 for name, record in state.found.items() if name in own),
     )  # fmt: skip
 
 

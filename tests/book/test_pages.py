@@ -118,6 +118,17 @@ def test_a_page_says_how_much_is_there():
     assert "1 of 3 steps" in page_of(EXPERIMENTS[0], REQUEST, state, None)
 
 
+def test_the_time_of_a_page_is_that_of_its_own_cells():
+    experiment = next(one for one in MEASURED if one.name == "group-sizes")
+    (read,) = experiment.reads
+    other = set(read.names(REQUEST))
+    found = STATES[experiment.name].found
+    timed = {name: {**record, "seconds": 6000.0 if name in other else 60.0} for name, record in found.items()}
+    page = page_of(experiment, REQUEST, State(found=timed, missing=()), summary(experiment.name))
+    assert other < set(found)
+    assert f"together they took {len(set(found) - other)} minutes" in page
+
+
 def test_every_experiment_has_its_place_in_the_site():
     site = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader)
     listed = next(part["Results"] for part in site["nav"] if "Results" in part)
