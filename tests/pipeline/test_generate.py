@@ -13,6 +13,7 @@ from saap.cli import app as cli
 from saap.core.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
 from saap.pipeline.evaluate.generate import Speaker, answers, choose, open_speakers, stream
+from saap.pipeline.shared import outcome
 from saap.pipeline.shared.dense_model import DenseChoice
 from saap.settings.evaluate import GenerationSettings
 from saap.settings.run import RunOptions
@@ -34,6 +35,16 @@ def test_the_stream_is_what_generate_writes() -> None:
     written = list(stream(one, "Once upon", GenerationSettings(max_tokens=6)))
     assert written[-1] == expected
     assert len(written) <= 6
+
+
+def test_the_answer_of_a_report_is_what_the_command_writes() -> None:
+    """The model's own penalties do not apply, and the global random state stays."""
+    one = speaker()
+    one.model.generation_config.repetition_penalty, state = 5.0, torch.get_rng_state()
+    prompt, answer = outcome.greedy_answer(one.model, one.tokenizer)
+    *_, written = stream(one, prompt, GenerationSettings(max_tokens=outcome.ANSWER_TOKENS))
+    assert answer == written.strip() != ""
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_answers_grow_together_until_each_has_ended() -> None:

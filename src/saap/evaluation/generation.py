@@ -116,7 +116,8 @@ def write(
     written = []
     for index, prompt in enumerate(prompts):
         ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
-        torch.manual_seed(seed + index)
+        if sampled:
+            torch.manual_seed(seed + index)
         with plain_generation(model, ends):
             made = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=padding,

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from saap.core.evaluation_records import Perplexity
 from saap.data.texts import GENERAL
-from saap.evaluation.generation import prompt_ids
+from saap.evaluation.generation import prompt_ids, write
 from saap.evaluation.perplexity import joint_perplexity, perplexities
 from saap.models.walk.probe import positions
 from saap.models.walk.spill import Spill
@@ -63,23 +62,16 @@ def behaviour(found: Mapping[str, Perplexity], prompt: str, answer: str) -> Beha
     return Behaviour(perplexity=value, prompt=prompt, answer=answer, kinds=kinds)
 
 
-@torch.no_grad()
 def greedy_answer(model: nn.Module, tokenizer: Any | None) -> tuple[str, str]:
     """A short prompt (through the chat template if there is one) and the model's greedy continuation.
 
     Both are '' for a model that cannot generate, has no tokenizer, or no positions after the prompt.
     """
-    generate = getattr(model, "generate", None)
-    if tokenizer is None or generate is None:
+    if tokenizer is None or not hasattr(model, "generate"):
         return "", ""
-    device = next(model.parameters()).device
     prompt = QUESTION if getattr(tokenizer, "chat_template", None) else OPENING
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
-    room = min(ANSWER_TOKENS, (positions(model) or math.inf) - ids.shape[1])
+    room = min(ANSWER_TOKENS, (positions(model) or math.inf) - len(prompt_ids(tokenizer, prompt)))
     if room < 1:
         return "", ""
-    made = generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(room), do_sample=False,
-        pad_token_id=tokenizer.pad_token_id or 0,
-    )  # fmt: skip
-    return prompt, str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    (written,) = write(model, tokenizer, [prompt], tokens=int(room), sampled=False)
+    return prompt, written.text.strip()
