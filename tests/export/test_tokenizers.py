@@ -105,7 +105,7 @@ def test_each_kind_opens_without_code_and_without_a_question(model_folder: Path,
     folders = every_kind(model_folder, tmp_path)
     for folder in folders:
         assert str(tmp_path) not in (folder / "tokenizer_config.json").read_text()
-        assert tokenizer_option(folder, "adaptive") == ", trust_remote_code=False"
+        assert tokenizer_option(folder, adaptive=True) == ", trust_remote_code=False"
     assert opened(list(folders), {"trust_remote_code": False}) == list(folders.values())
 
 
@@ -136,6 +136,5 @@ def test_a_tokenizer_with_code_of_its_own_keeps_it(model_folder: Path, tmp_path:
     own = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
     folder = with_tokenizer(model_folder, own, tmp_path / "out")
     assert opened([folder], {"trust_remote_code": True}) == [own(TEXT)["input_ids"]]
-    assert 'AutoTokenizer.from_pretrained("there", trust_remote_code=True)' in load_lines(
-        Path("there"), "adaptive", folder=folder
-    )[-1]  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    assert 'AutoTokenizer.from_pretrained("there", trust_remote_code=True)' in load_lines("there", config, folder)[-1]

@@ -112,6 +112,9 @@ def test_the_adaptive_folder_opens_with_and_without_saap(source: Path, tmp_path:
     usual = "gemma3" in source.name  # its class for images is also the one for text
     name = "AutoModelForCausalLM" if usual else "AutoModelForImageTextToText"
     assert f"from transformers import {name}, AutoTokenizer" in result.report.load_lines
+    quick = {"max_steps": 1, "max_seq_length": 32, "batch_size": 4, "validation_samples": 2, "tuning": "full"}
+    tuned = saap.recover(out, data=["novels"], out=tmp_path / "tuned", **quick)
+    assert [line.replace("tuned", "small") for line in tuned.report.load_lines] == list(result.report.load_lines)
     card = (out / "README.md").read_text()
     assert f"pipeline_tag: {'text-generation' if usual else 'image-text-to-text'}\n" in card
     assert f"model = {name}.from_pretrained(" in card

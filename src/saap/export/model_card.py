@@ -13,6 +13,7 @@ import jinja2
 from huggingface_hub import ModelCardData, metadata_load
 
 from saap.core.manifest import RunManifest
+from saap.core.records import Layout
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.checkpoint.pruned_structure import auto_class
 
@@ -69,13 +70,14 @@ def model_card(
     return environment.from_string(template).render(
         manifest=manifest, front_matter=data.to_yaml(), name=name, full_name=base.source if named_by_id else name,
         base_model_type=base_model_type, auto_class=opener, loading=loading, refused_by_vllm=refused_by_vllm,
-        pruned=is_pruned, tokenizer_option=tokenizer_option(folder, str(manifest.layout)),
+        pruned=is_pruned,
+        tokenizer_option=tokenizer_option(folder, adaptive=manifest.layout is Layout.ADAPTIVE),
         data=", ".join(Path(text).name for text in manifest.recovery.data) if manifest.recovery else "",
         ways_of_tuning=_TUNINGS,
     )  # fmt: skip
 
 
-def tokenizer_option(folder: Path, layout: str) -> str:
+def tokenizer_option(folder: Path, *, adaptive: bool) -> str:
     """How the tokenizer of `folder` is opened: with code only if it is a class of the source's own repository.
 
     Without the option, transformers 5 asks whether to run the folder's code, since it reads the model's configuration
@@ -84,7 +86,7 @@ def tokenizer_option(folder: Path, layout: str) -> str:
     file = folder / "tokenizer_config.json"
     if file.is_file() and "auto_map" in json.loads(file.read_text(encoding="utf-8")):
         return ", trust_remote_code=True"
-    return "" if layout == "uniform" else ", trust_remote_code=False"
+    return ", trust_remote_code=False" if adaptive else ""
 
 
 def opens_only_in_mlx(config: Mapping[str, Any]) -> bool:
@@ -98,16 +100,16 @@ def mlx_line(path: Path | str, *, needs_loader: bool) -> str:
     return f'mlx_lm.generate --model {path}{option} --prompt "Once upon a time"'
 
 
-def load_lines(
-    path: Path, layout: str, auto_class: str = "AutoModelForCausalLM", *, folder: Path | None = None
-) -> tuple[str, ...]:
-    """The exact lines that open the result. auto_class: of transformers. folder: of its files, if not `path` yet."""
-    option = "" if layout == "uniform" else ", trust_remote_code=True"
+def load_lines(path: str | Path, config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    """The exact lines that open a result from `path`. config: its config.json. folder: where its tokenizer is now."""
+    adaptive = config["model_type"] == MODEL_TYPE
+    opener = auto_class(config["base_model_type"] if adaptive else config["model_type"]).__name__
+    option = ", trust_remote_code=True" if adaptive else ""
     stock = (
-        f"from transformers import {auto_class}, AutoTokenizer",
-        f'model = {auto_class}.from_pretrained("{path}"{option})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{path}"{tokenizer_option(folder or path, layout)})',
+        f"from transformers import {opener}, AutoTokenizer",
+        f'model = {opener}.from_pretrained("{path}"{option})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}"{tokenizer_option(folder, adaptive=adaptive)})',
     )
-    if layout == "uniform":
+    if not adaptive:
         return stock
     return ("import saap", f'model = saap.load("{path}")', "# or, where saap is not installed:", *stock)

@@ -11,7 +11,6 @@ from saap.core.records import Layout
 from saap.export.consumers import PATH, Loading, open_in
 from saap.export.huggingface import write_records
 from saap.export.model_card import load_lines
-from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.loading.references import read_config
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.registry import Consumer
@@ -26,10 +25,7 @@ def check_in_consumers(folder: Path, consumers: Sequence[Consumer], reporter: Re
     manifest, config = read_manifest(folder), read_config(folder)
     if manifest is None:
         raise ModelError(f"{folder} has no manifest", "Give a folder written by saap")
-    base = str(config.get("base_model_type", config["model_type"]))
-    *_, imports, model, tokenizer = load_lines(
-        Path(PATH), str(manifest.layout), auto_class(base).__name__, folder=folder
-    )
+    *_, imports, model, tokenizer = load_lines(PATH, config, folder)
     loading = Loading(lines=(imports, model, tokenizer), needs_code=manifest.layout is Layout.ADAPTIVE)
     opened = []
     for consumer in consumers:

@@ -13,8 +13,6 @@ from saap.export.model_card import load_lines, mlx_line, opens_only_in_mlx
 from saap.export.packages import check_packages
 from saap.export.placing import check_file, check_output
 from saap.export.source import Exported, open_source
-from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
-from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.loading.references import read_config, resolve_model
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.settings.export import ExportRequest, GgufType
@@ -137,6 +135,4 @@ def opening_lines(folder: str | Path, repository: str) -> tuple[str, ...]:
     config = read_config(Path(folder))
     if opens_only_in_mlx(config):
         return (mlx_line(repository, needs_loader="model_file" in config),)
-    pruned = config["model_type"] == MODEL_TYPE
-    name = auto_class(config["base_model_type"] if pruned else config["model_type"]).__name__
-    return load_lines(Path(repository), "adaptive" if pruned else "uniform", name, folder=Path(folder))
+    return load_lines(repository, config, Path(folder))

@@ -19,7 +19,7 @@ from saap.data.texts import UNKNOWN
 from saap.evaluation.perplexity import bits_per_byte, model_logits
 from saap.export.huggingface import write_records
 from saap.export.model_card import load_lines
-from saap.models.checkpoint.pruned_structure import auto_class
+from saap.models.loading.references import read_config
 from saap.models.walk.offload import offloaded, placeholder
 from saap.pipeline.prune.making import Made, changed_folder, made_path, manifest_of_run, open_result, release
 from saap.pipeline.prune.planning import read_whole_plan
@@ -103,7 +103,7 @@ def place_result(
         speed=None if speed is None else speed.model_dump(), structure=structure_of(run.graph, plan), trail=plan.trail,
         refit_errors=dict(made.restored.refit_errors), distillation=made.restored.distillation,
         findings=tuple(findings), stages=manifest.stages, vocabulary=manifest.vocabulary,
-        load_lines=() if path is None else _load_lines(run, target, path, made),
+        load_lines=() if path is None else _load_lines(path, made_path(run, target)),
     )  # fmt: skip
     if path is not None:
         written = made_path(run, target)
@@ -116,12 +116,9 @@ def place_result(
     return PruneResult(plan=plan, report=report, path=path, opened=opened)
 
 
-def _load_lines(run: Run, target: Target, path: Path, made: Made) -> tuple[str, ...]:
-    """The lines that open the result at `path`, where it is to be put."""
-    if is_file(path):
-        return opening_lines(path)
-    opener = auto_class(made.base_model_type).__name__
-    return load_lines(path, str(made.plan.layout), opener, folder=made_path(run, target))
+def _load_lines(path: Path, written: Path) -> tuple[str, ...]:
+    """The lines that open the result at `path`, where it is to be put. written: where it is now."""
+    return opening_lines(path) if is_file(path) else load_lines(path, read_config(written), written)
 
 
 def _by_kind(run: Run, dense: Behaviour, pruned: Behaviour) -> tuple[KindChange, ...]:

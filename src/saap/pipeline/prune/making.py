@@ -68,7 +68,6 @@ class Made:
     """A model that was cut and restored. model: None where it lies in the work folder, to be opened later."""
 
     plan: StructurePlan
-    base_model_type: str
     model: nn.Module | None = None
     restored: Restored = field(default_factory=Restored)
 
@@ -89,7 +88,7 @@ def read_made(run: Run, target: Target) -> Made:
     """The target's model that an interrupted run has finished."""
     record: dict[str, Any] = run.work.read_json(CUT.file_of(target.name)) or {}
     plan, restored = read_whole_plan(run, records_of(made_path(run, target)) / "plan.json"), record["restored"]
-    return Made(plan, record["base_model_type"], restored=Restored.model_validate(restored))
+    return Made(plan, restored=Restored.model_validate(restored))
 
 
 def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores | None) -> RunManifest:
@@ -124,14 +123,13 @@ def make_model(run: Run, target: Target, plan: StructurePlan, scores: Importance
     if plan.layout is Layout.ADAPTIVE and target.path is None and hasattr(model, "save_pretrained"):
         mark_pruned(model, structure)
     _check_count(run, model, plan, structure)
-    made = Made(plan=plan, base_model_type=structure.base_model_type, model=model, restored=restored)
+    made = Made(plan=plan, model=model, restored=restored)
     if target.path is not None and run.processes.first:
         if run.experts is not None and scores is not None:
             write_source_file(run, run.experts, made_path(run, target), plan, scores)
         else:
             _write_folder(run, target, model, plan, structure, scores)
-        record = {"base_model_type": made.base_model_type, "restored": restored.model_dump()}
-        run.work.write_json(CUT.file_of(target.name), record)
+        run.work.write_json(CUT.file_of(target.name), {"restored": restored.model_dump()})
     return made
 
 

@@ -27,7 +27,6 @@ from saap.discovery.blocks import find_blocks
 from saap.export.huggingface import entry_bytes, stored_entries
 from saap.export.model_card import licence_of, load_lines
 from saap.models.checkpoint.groupwise import GroupwiseWeight
-from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.loading.devices import working_dtype
 from saap.models.loading.references import read_config
 from saap.pipeline.recover.context import Recovery
@@ -112,7 +111,6 @@ def recovery_report(
 ) -> RecoverReport:  # fmt: skip
     """packed: empty if nothing was quantised. measured: before, recovered; dense, quantised if known."""
     config, out = run.config, run.options.out
-    layout = Layout.ADAPTIVE if model.config.model_type == MODEL_TYPE else Layout.UNIFORM
     entries = stored_entries(model, run.dtype)
     value = {name: one.perplexity for name, one in measured.items()}
     closed = None
@@ -129,7 +127,7 @@ def recovery_report(
         gap_closed=closed, **training.model_dump(include=SUMMARY), steps=training.step,
         prompt=measured["before"].prompt, answer_dense=measured["dense"].answer if "dense" in measured else None,
         answer_before=measured["before"].answer, answer=measured["recovered"].answer, stages=tuple(run.meter.stages),
-        load_lines=() if out is None else load_lines(out, str(layout), folder=run.resolved.folder),
+        load_lines=() if out is None else load_lines(out, model.config.to_dict(), run.resolved.folder),
     )  # fmt: skip
 
 
