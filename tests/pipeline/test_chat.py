@@ -17,6 +17,7 @@ from tests.export.gguf_models import adaptive_folder, family_folder, family_mode
 from tests.pipeline import tiny
 
 from saap.cli import app as cli
+from saap.cli.show.answers import print_in_turn
 from saap.core.errors import UnsupportedModelError
 from saap.evaluation.generation import message_ids
 from saap.pipeline.evaluate import chat
@@ -64,6 +65,14 @@ def test_the_models_answer_in_turn_each_in_its_own_conversation() -> None:
         continued(speakers[0], message_ids(speakers[0].tokenizer, with_question(first, "Twice")["dense"]), SHORT)
     )
     assert last["dense"].text == alone[-1].rstrip("\ufffd")
+
+
+def test_an_answer_that_ends_at_once_has_its_heading(capsys: pytest.CaptureFixture[str]) -> None:
+    nothing, words = Reply(), [Reply(text="Hi", tokens=1), Reply(text="Hi there", tokens=2, tokens_per_second=2.0)]
+    headings = {label: label for label in ("dense", "pruned", "tuned")}
+    print_in_turn([{"dense": nothing, "pruned": one, "tuned": nothing} for one in (nothing, *words)], headings)
+    shown = ["dense: ", "  [0 tokens]", "pruned: Hi there", "  [2 tokens, 2.0 tokens/s]", "tuned: ", "  [0 tokens]"]
+    assert capsys.readouterr().out.splitlines() == shown
 
 
 def test_a_conversation_that_is_too_long_is_refused() -> None:

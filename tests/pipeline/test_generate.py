@@ -12,7 +12,7 @@ from tests.pipeline import tiny
 from saap.cli import app as cli
 from saap.core.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
-from saap.pipeline.evaluate.generate import Speaker, answers, choose, open_speakers, stream
+from saap.pipeline.evaluate.generate import Speaker, choose, continued, open_speakers
 from saap.pipeline.shared import outcome
 from saap.pipeline.shared.dense_model import DenseChoice
 from saap.settings.evaluate import GenerationSettings
@@ -21,8 +21,12 @@ from saap.settings.run import RunOptions
 CPU = RunOptions(device="cpu")
 
 
-def speaker(label: str = "answer", layers: int = 2) -> Speaker:
-    return Speaker(label, tiny.model(layers), tiny.tokenizer())
+def speaker() -> Speaker:
+    return Speaker("answer", tiny.model(2), tiny.tokenizer())
+
+
+def stream(one: Speaker, prompt: str, settings: GenerationSettings) -> list[str]:
+    return list(continued(one, prompt_ids(one.tokenizer, prompt), settings))
 
 
 def test_the_stream_is_what_generate_writes() -> None:
@@ -32,7 +36,7 @@ def test_the_stream_is_what_generate_writes() -> None:
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
     )
     expected = one.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-    written = list(stream(one, "Once upon", GenerationSettings(max_tokens=6)))
+    written = stream(one, "Once upon", GenerationSettings(max_tokens=6))
     assert written[-1] == expected
     assert len(written) <= 6
 
@@ -47,15 +51,6 @@ def test_the_answer_of_a_report_is_what_the_command_writes() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_answers_grow_together_until_each_has_ended() -> None:
-    first, second = speaker("dense"), speaker("pruned", 3)
-    rounds = list(answers((first, second), "Once", GenerationSettings(max_tokens=5)))
-    for label, one in (("dense", first), ("pruned", second)):
-        alone = list(stream(one, "Once", GenerationSettings(max_tokens=5)))
-        assert [texts[label] for texts in rounds][: len(alone)] == alone
-        assert rounds[-1][label] == alone[-1]
-
-
 def test_sampling_follows_the_seed_and_the_temperature() -> None:
     logits = torch.tensor([0.0, 1.0, 3.0])
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +61,7 @@ def test_sampling_follows_the_seed_and_the_temperature() -> None:
         assert drawn.count(token) / 3000 == pytest.approx(float(share[token]), abs=0.04)
     one = speaker()
     settings = GenerationSettings(max_tokens=8, temperature=5.0, seed=3)
-    assert list(stream(one, "Once", settings)) == list(stream(one, "Once", settings))
+    assert stream(one, "Once", settings) == stream(one, "Once", settings)
 
 
 def test_the_dense_model_is_the_one_of_the_manifest(tmp_path: Path) -> None:

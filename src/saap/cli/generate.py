@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 from saap.cli.flags import Argument
@@ -29,35 +28,22 @@ def generate(
     display: Annotated[Display, Only(("as_json",))],
 ) -> None:
     """Answer a prompt with MODEL and with the dense model that it was pruned from."""
-    from saap.cli.show.answers import draw_columns
-    from saap.pipeline.evaluate.generate import answers, open_speakers
+    from saap.cli.show.answers import draw_columns, print_in_turn
+    from saap.pipeline.evaluate.chat import replies, with_question
+    from saap.pipeline.evaluate.generate import open_speakers
     from saap.pipeline.shared.dense_model import DenseChoice
 
     if not question.prompt.strip():
         raise ConfigurationError("--prompt is empty", "Give a text to answer")
     choice = None if comparison.no_dense else DenseChoice.of(comparison, comparison.dense)
     speakers = open_speakers(model, choice, options)
-    rounds = answers(speakers, question.prompt, settings)
+    labels = {speaker.label: speaker.label for speaker in speakers}
+    rounds = replies(speakers, with_question({label: [] for label in labels}, question.prompt), settings)
     if display.as_json:
-        *_, last = [{speaker.label: "" for speaker in speakers}, *rounds]
-        print(json.dumps({"prompt": question.prompt, **last}, ensure_ascii=False, indent=1))
+        *_, last = rounds
+        texts = {label: reply.text for label, reply in last.items()}
+        print(json.dumps({"prompt": question.prompt, **texts}, ensure_ascii=False, indent=1))
     elif sys.stdout.isatty():
-        draw_columns(rounds)
+        draw_columns({label: reply.text for label, reply in found.items()} for found in rounds)
     else:
-        _print(rounds)
-
-
-def _print(rounds: Iterable[Mapping[str, str]]) -> None:
-    """For pipes and logs: stream the first answer, then print the others, which were generated meanwhile."""
-    texts: Mapping[str, str] = {}
-    shown = 0
-    for number, texts in enumerate(rounds):
-        label, text = next(iter(texts.items()))
-        if number == 0:
-            print(f"{label}: ", end="")
-        ready = text.rstrip("\N{REPLACEMENT CHARACTER}")  # an incomplete character is not printed yet
-        print(ready[shown:], end="", flush=True)
-        shown = max(shown, len(ready))
-    print()
-    for label, text in list(texts.items())[1:]:
-        print(f"{label}: {text}")
+        print_in_turn(rounds, labels)

@@ -24,22 +24,27 @@ def draw_columns(rounds: Iterable[Mapping[str, str]]) -> None:
 def print_in_turn(rounds: Iterable[Mapping[str, Reply]], headings: Mapping[str, str]) -> None:
     """Each answer as it grows, then its speed. rounds: replies by label, of models that answer one after the other."""
     replies: Mapping[str, Reply] = {}
-    begun, shown = "", 0
+    labels, shown = list(headings), dict[str, int]()
+
+    def begin(last: int) -> None:
+        """Print the headings up to that of a label; an answer before it that has none yet has ended at once."""
+        for label in labels[len(shown) : last + 1]:
+            print(f"{_speed(replies[[*shown][-1]]) if shown else ''}{headings[label]}: ", end="")
+            shown[label] = 0
+
     for replies in rounds:
-        for label in [label for label, reply in replies.items() if reply.tokens][-1:]:
-            if label != begun:
-                print(f"{_speed(replies.get(begun))}{headings[label]}: ", end="")
-                begun, shown = label, 0
-            ready = replies[label].text
-            print(ready[shown:], end="", flush=True)
-            shown = max(shown, len(ready))
-    print(_speed(replies.get(begun)), end="", flush=True)
+        for place, label in enumerate(labels):
+            if replies[label].tokens:
+                begin(place)
+                ready = replies[label].text
+                print(ready[shown[label] :], end="", flush=True)
+                shown[label] = max(shown[label], len(ready))
+    begin(len(labels))
+    print(_speed(replies[labels[-1]]), end="", flush=True)
 
 
-def _speed(reply: Reply | None) -> str:
+def _speed(reply: Reply) -> str:
     """The end of a printed answer."""
-    if reply is None:
-        return ""
     rate = "" if reply.tokens_per_second is None else f", {reply.tokens_per_second:.1f} tokens/s"
     return f"\n  [{reply.tokens} tokens{rate}]\n"
 

@@ -1,16 +1,14 @@
-"""Answers of the dense and the pruned model to one prompt, token by token."""
+"""The dense and the pruned model, opened to continue text token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
 
-from saap.core.errors import ConfigurationError, ModelError
-from saap.evaluation.generation import prompt_ids
+from saap.core.errors import ModelError
 from saap.evaluation.speed import CachedModel
 from saap.models.loading.pretrained import end_tokens
 from saap.models.loading.references import ResolvedModel, resolve_model
@@ -61,23 +59,6 @@ def _speaker(label: str, resolved: ResolvedModel, options: RunOptions) -> Speake
     if loaded.tokenizer is None:
         raise ModelError(f"{resolved.source} has no tokenizer", "Put its tokenizer files into the same folder")
     return Speaker(label, loaded.model, loaded.tokenizer)
-
-
-def answers(speakers: tuple[Speaker, ...], prompt: str, settings: GenerationSettings) -> Iterator[Mapping[str, str]]:
-    """All answers so far by label, after each round of one token per model, until all have ended."""
-    labels = [speaker.label for speaker in speakers]
-    texts = dict.fromkeys(labels, "")
-    for written in zip_longest(*(stream(speaker, prompt, settings) for speaker in speakers)):
-        texts |= {label: text for label, text in zip(labels, written, strict=True) if text is not None}
-        yield dict(texts)
-
-
-def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Iterator[str]:
-    """The answer of one model so far, after each token, until it ends or has `max_tokens`."""
-    ids = prompt_ids(speaker.tokenizer, prompt, chat=settings.chat)
-    if not ids:
-        raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
-    return continued(speaker, ids, settings)
 
 
 @torch.no_grad()
