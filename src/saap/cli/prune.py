@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from saap.pipeline.recover.result import RecoverReport
     from saap.pipeline.shared.progress import Reporter
 
+Report = TypeVar("Report", "PruneReport", "RecoverReport")
 recovery_flag = partial(Flag, panel="Recovery")
 INSTRUCTIONS = ("conversations",)
 """Training data of `--preset paper`: the bundled instructions with answers."""
@@ -85,37 +85,29 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
         elif tuning is None:
             from saap.pipeline.prune.run import run_prune
 
-            reports = [result.report for result in run_prune(model, config, options, reporter)]
-            opened = _opened(reports, stages, reporter)
-            shown = _alone([one.as_dict() | found for one, found in zip(reports, opened, strict=True)])
-            draw = partial(drawn.print_results, reports, opened)
+            results = run_prune(model, config, options, reporter)
+            reports = [_checked(result.report, stages, reporter) for result in results]
+            shown = _alone([one.as_dict() for one in reports])
+            draw = partial(drawn.print_results, reports)
         else:
             from saap.pipeline.prune.with_recovery import prune_and_recover
 
-            pairs = prune_and_recover(model, config, tuning, options, reporter)
-            opened = _opened([tuned for _, tuned in pairs], stages, reporter)
-            shown = _alone(
-                [
-                    {"pruned": pruned.as_dict(), "recovered": tuned.as_dict()} | found
-                    for (pruned, tuned), found in zip(pairs, opened, strict=True)
-                ]
-            )
-            draw = partial(drawn.print_all_stages, pairs, opened)
+            both = prune_and_recover(model, config, tuning, options, reporter)
+            pairs = [(pruned, _checked(tuned, stages, reporter)) for pruned, tuned in both]
+            shown = _alone([{"pruned": pruned.as_dict(), "recovered": tuned.as_dict()} for pruned, tuned in pairs])
+            draw = partial(drawn.print_all_stages, pairs)
     # The last state of the progress is drawn over the lines before it, so the results come after it.
     output.show(display, shown, draw)
 
 
-def _opened(reports: Sequence[PruneReport | RecoverReport], stages: Stages, reporter: Reporter) -> list[dict[str, Any]]:
-    """What each result did in the programs of `--check`, under `opened`; nothing without them."""
+def _checked(report: Report, stages: Stages, reporter: Reporter) -> Report:
+    """The report of a result that was opened in the programs of `--check`."""
     from saap.models.walk.processes import Processes
     from saap.pipeline.export.check import check_in_consumers
 
     if not stages.check or not Processes.found().first:
-        return [{} for _ in reports]
-    return [
-        {"opened": [one.model_dump() for one in check_in_consumers(Path(str(report.path)), stages.check, reporter)]}
-        for report in reports
-    ]
+        return report
+    return report.model_copy(update={"opened": check_in_consumers(Path(str(report.path)), stages.check, reporter)})
 
 
 def _alone(reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -160,11 +160,16 @@ def print_answers(console: Console, prompt: str, answers: Mapping[str, str | Non
 
 
 def print_end(console: Console, report: PruneReport | RecoverReport) -> None:
-    """Draw the time and memory of the run, and the lines that open its result."""
+    """Draw the time and memory of the run, the lines that open its result, and what other programs said of it."""
     peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
     console.print(f"took {sum(stage.seconds for stage in report.stages):.0f} s, at most {peak / 1e9:.1f} GB of memory")
     if report.load_lines:
         console.print("open it with:", *(f"  {escape(line)}" for line in report.load_lines), sep="\n")
+    for one in report.opened:
+        if one.error is None:
+            console.print(f"opened in {one.consumer} {one.version}: {one_line(one.written)}")
+        else:
+            console.print(f"[yellow]look here:[/yellow] {one.consumer} did not open it ({one_line(one.error)})")
 
 
 def one_line(text: str) -> str:

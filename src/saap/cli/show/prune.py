@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saap.cli.show.output import BAR_WIDTH, console_for_tables, one_line, print_answers, print_end
+from saap.cli.show.output import BAR_WIDTH, console_for_tables, print_answers, print_end
 from saap.cli.show.recover import print_recovery
 
 if TYPE_CHECKING:
@@ -48,10 +47,10 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     console.print("nothing was written.")
 
 
-def print_results(reports: Sequence[PruneReport], opened: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Draw the summary of each result. opened: what each did in other programs, under `opened`."""
+def print_results(reports: Sequence[PruneReport]) -> None:
+    """Draw the summary of each result."""
     console = console_for_tables()
-    for report, found in zip(reports, opened or [{}] * len(reports), strict=True):
+    for report in reports:
         console.print(f"\n[bold]{escape(report.path or 'pruned model')}[/bold]")
         table = Table("", "dense", "pruned", "ratio")
         for label, dense, pruned in (
@@ -87,16 +86,6 @@ def print_results(reports: Sequence[PruneReport], opened: Sequence[Mapping[str, 
         for finding in report.findings:
             console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
         print_end(console, report)
-        _print_opened(console, found)
-
-
-def _print_opened(console: Console, found: Mapping[str, Any]) -> None:
-    """Draw the programs that opened the result, and those that could not."""
-    for one in found.get("opened", ()):
-        if one["error"] is None:
-            console.print(f"opened in {one['consumer']} {one['version']}: {one_line(one['written'])}")
-        else:
-            console.print(f"[yellow]look here:[/yellow] {one['consumer']} did not open it ({one_line(one['error'])})")
 
 
 def _kinds_table(report: PruneReport) -> Table:
@@ -126,11 +115,8 @@ def _vocabulary_table(vocabulary: VocabularyRecord) -> Table:
     return table
 
 
-def print_all_stages(
-    results: Sequence[tuple[PruneReport, RecoverReport]], opened: Sequence[Mapping[str, Any]] = ()
-) -> None:
-    """Draw the summary of each result that was pruned and then tuned. opened: as in `print_results`."""
-    for (pruned, tuned), found in zip(results, opened or [{}] * len(results), strict=True):
+def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
+    """Draw the summary of each result that was pruned and then tuned."""
+    for pruned, tuned in results:
         print_results([pruned.model_copy(update={"path": None, "load_lines": ()})])
         print_recovery(tuned)
-        _print_opened(console_for_tables(), found)

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from saap.core.manifest import KindChange, StageRecord, VocabularyRecord
+from saap.core.manifest import KindChange, Opening, StageRecord, VocabularyRecord
 from saap.core.records import Candidate, ModelGraph, Role, StructurePlan
 
 
@@ -28,7 +28,7 @@ class PruneReport(BaseModel):
 
     Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`. kinds:
     the perplexity on each kind of text. speed: the fields of SpeedRecord where a speed-up was requested. vocabulary: if
-    tokens were removed; perplexities are per token of the dense model.
+    tokens were removed; perplexities are per token of the dense model. opened: in the programs of `--check`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,6 +64,7 @@ class PruneReport(BaseModel):
     load_lines: tuple[str, ...]
     speed: dict[str, Any] | None = None
     vocabulary: VocabularyRecord | None = None
+    opened: tuple[Opening, ...] = ()
 
     @property
     def perplexity_ratio(self) -> float:

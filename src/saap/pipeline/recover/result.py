@@ -16,6 +16,7 @@ from saap.core.manifest import (
     Answers,
     BaseModelIdentity,
     Change,
+    Opening,
     RecoveryRecord,
     RunManifest,
     StageRecord,
@@ -45,7 +46,7 @@ class RecoverReport(BaseModel):
     perplexity_before: of the input model; perplexity_quantised: before training, None if nothing was quantised;
     perplexity_dense, answer_dense: of the model that it was pruned from, if known. gap_closed: share of the gap in
     log-perplexity, negative if it grew; None without a gap. bytes: of the plain weights in `dtype`; packed_bytes: of
-    integers, scales and zero points.
+    integers, scales and zero points. opened: in the programs of `saap prune --check`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -80,6 +81,7 @@ class RecoverReport(BaseModel):
     answer: str
     stages: tuple[StageRecord, ...]
     load_lines: tuple[str, ...]
+    opened: tuple[Opening, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-able data."""
