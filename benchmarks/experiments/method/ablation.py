@@ -11,10 +11,9 @@ from lab.texts import TEXTS
 from torch import nn
 
 from saap.core.records import Layout, StructurePlan
-from saap.estimation.estimate import estimate, unit_scores
 from saap.settings.presets import PRESETS, Preset
-from saap.settings.prune import FusionScope, PrunableRole
-from saap.settings.registry import Importance, Strategy
+from saap.settings.prune import PrunableRole
+from saap.settings.registry import Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, search
@@ -61,7 +60,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 class Prepared:
-    """Scores, costs, evaluator and reconstruction text of one seed, as in a run calibrated on a file."""
+    """Scores, evaluator and reconstruction text of one seed, as in a run calibrated on a file."""
 
     def __init__(self, dense: Dense, chosen: Values, seed: int) -> None:
         self._dense, self._candidates, self._seed = dense, chosen["candidates"], seed
@@ -70,30 +69,28 @@ class Prepared:
             VALIDATION, seed, scored=(chosen["samples"], length), held=(chosen["held-out samples"], length),
             refit=(chosen["refit sequences"], chosen["refit length"]),
         )  # fmt: skip
-        self._scores, self._text = estimate(dense.backend, samples["scored"]), dense.ids(samples["refit"])
-        self._units = unit_scores(self._scores, dense.graph, Importance.FUSED, FusionScope.LAYER_ROLE)
-        self._costs = dense.second_order_costs(self._text, micro_batch=1)
-        self._evaluator = StructureEvaluator(dense.backend, dense.ids(samples["held"]), self._costs.grams)
+        self._scores, self._text = dense.token_fisher(samples["scored"]), dense.ids(samples["refit"])
+        self._evaluator = StructureEvaluator(dense.backend, dense.ids(samples["held"]))
 
     def plan(self, without: str) -> StructurePlan:
         """The plan of the default search, without the search, or with equal ratios in all modules."""
-        graph, measured = self._dense.graph, without == "everything"
-        roles = (PrunableRole.FFN, PrunableRole.ATTENTION)
+        graph, roles = self._dense.graph, (PrunableRole.FFN, PrunableRole.ATTENTION)
         space = SearchSpace(roles=roles, layout=Layout.ADAPTIVE, align=self._dense.align)
-        guide = SearchGuide(
-            costs=None if without == "module-ratios" else self._costs, seed=self._seed,
-            evaluator=self._evaluator if measured else None, evaluations=self._candidates if measured else 0,
-        )  # fmt: skip
-        return search(graph, self._units, budget_for_ratio(graph, RATIO), space, Strategy.ADAPTIVE, guide)
+        strategy, guide = Strategy.UNIFORM if without == "module-ratios" else Strategy.ADAPTIVE, SearchGuide()
+        if without == "everything":
+            guide = SearchGuide(
+                evaluator=self._evaluator, evaluations=self._candidates, reconstructed=True, seed=self._seed
+            )
+        return search(graph, self._scores, budget_for_ratio(graph, RATIO), space, strategy, guide)
 
     def model(self, plan: StructurePlan, without: str) -> nn.Module:
         """The pruned model without an addition."""
         if without == "restoration":
             return self._dense.pruned(plan)
         local = without != "local-choice"
-        elements = {group: scores.element for group, scores in self._scores.groups.items()} if local else None
+        means = {group: score.mean for group, score in self._scores.items()} if local else None
         target = without != "residual-target"
-        how = ReconstructionSettings(second_order=local, scores=elements, residual_target=target)
+        how = ReconstructionSettings(second_order=local, scores=means, residual_target=target)
         return self._dense.pruned(plan, self._text, how)
 
 
