@@ -77,6 +77,19 @@ def test_a_generation_configuration_changes_nothing() -> None:
     assert model.generation_config.repetition_penalty == 5.0
 
 
+def test_unlikely_tokens_are_written_as_often_as_the_model_expects() -> None:
+    """Sampling usually leaves out all but the 50 most likely ones."""
+    model = build("llama_tied").float()
+    start = Example(np.array([1, 1]), np.array([False, True]), prompt=1)
+    written = [int(one.tokens[1]) for one in continued(model, [start] * 2000, length=2, ends=(), seed=0)]
+    with torch.no_grad():
+        expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
+    unlikely = expected.argsort()[:-50]
+    assert expected[unlikely].sum() > 0.1
+    share = np.isin(written, unlikely.numpy()).mean()
+    assert abs(share - float(expected[unlikely].sum())) < 0.04
+
+
 def test_random_numbers_of_others_are_left_alone() -> None:
     model = build("llama_tied").float()
     torch.manual_seed(0)

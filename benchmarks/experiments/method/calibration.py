@@ -6,17 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from harness.charts import lines
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
 from lab.dense import Dense, Ratios, opened
-from lab.generated import random_starts, sample_from_model
 from lab.measures import as_bits, from_bits, geometric_mean, jaccard, mean_and_spread, removed_units
 from lab.texts import TEXTS
 from lab.training import trained_folder
 
 from saap.core.records import CalibrationSet, Role, StructurePlan
 from saap.data.texts import MIXED
+from saap.data.training import Example
+from saap.recovery.on_policy import continued
 
 RATIO = 0.2
 GENERATED, WIKITEXT2 = "generated", "wikitext2"
@@ -97,12 +99,20 @@ def samples_of(request: Request, dense: Dense, setting: Setting, seed: int) -> C
     """Samples for the largest setting of this text and length; smaller settings use the first ones."""
     most = max(other.samples for other in every_setting(request) if setting.only("samples", other))
     if setting.kind == GENERATED:
-        starts = random_starts(dense.loaded.tokenizer, sequences=most, seed=seed)
-        size = {"sequences": most, "length": setting.length, "batch": 25}
-        ids = sample_from_model(dense.model, **size, seed=seed, starts=starts)
-        return CalibrationSet(sources=(GENERATED,), seed=seed, tokens=ids)
+        written = continued(
+            dense.model, random_starts(dense.loaded.tokenizer, most, seed), length=setting.length, ends=(), seed=seed
+        )
+        return CalibrationSet(sources=(GENERATED,), seed=seed, tokens=np.stack([one.tokens for one in written]))
     source = VALIDATION if setting.kind == WIKITEXT2 else setting.kind
     return dense.samples(source, seed, scored=(most, setting.length))["scored"]
+
+
+def random_starts(tokenizer: Any, count: int, seed: int) -> list[Example]:
+    """A random ordinary token each to continue from, for diverse texts (as in LLM-QAT, Liu et al. 2023)."""
+    special = set(tokenizer.all_special_ids)
+    ordinary = np.array([token for token in range(len(tokenizer)) if token not in special])
+    chosen = np.random.default_rng(seed).choice(ordinary, size=count)
+    return [Example(np.array([token, token]), np.array([False, True]), prompt=1) for token in chosen]
 
 
 def summarise(cells: Cells) -> Values:
