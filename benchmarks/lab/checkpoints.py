@@ -2,16 +2,24 @@
 
 import copy
 import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from harness.experiment import Values
 from huggingface_hub import split_torch_state_dict_into_shards
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
+from lab.commands import peak_of, timed_saap
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
+from saap.models.loading.pretrained import open_skeleton
+from saap.models.loading.references import resolve_model
 
 POOL = 2**24
 
@@ -99,6 +107,25 @@ def write_checkpoint(shape: PretrainedConfig, folder: Path, dtype: torch.dtype =
     config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)  # last: marks the checkpoint as complete
     return folder
+
+
+def cost_of_pruning(shape: PretrainedConfig, flags: Sequence[str]) -> Values:
+    """Write the checkpoint, prune it in a process of its own, open the result without its weights, delete both."""
+    with tempfile.TemporaryDirectory() as temporary:
+        source, out = Path(temporary) / "dense", Path(temporary) / "pruned"
+        start = time.perf_counter()
+        write_checkpoint(shape, source)
+        written, load = time.perf_counter() - start, os.getloadavg()[0]
+        report, seconds, used = timed_saap("prune", source, *flags, "--out", out)
+        open_skeleton(resolve_model(out), torch.bfloat16)  # checks that every weight exists in the right size
+        result_bytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    return {
+        "layers": shape.num_hidden_layers, "parameters": parameters_of(shape),
+        "removed_share_of_blocks": report["pruning_ratio"],
+        "seconds": seconds, "processor_seconds": used, "checkpoint_seconds": written,
+        "peak_resident_bytes": peak_of(report), "result_bytes": result_bytes, "stages": report["stages"],
+        "loads": [load, os.getloadavg()[0]],
+    }  # fmt: skip
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

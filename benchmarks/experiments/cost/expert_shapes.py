@@ -1,12 +1,9 @@
 """Whole experts of layers as in Qwen3-30B-A3B with random weights: memory and time by the number of layers."""
 
 import math
-import tempfile
-from pathlib import Path
 
 from harness.experiment import Cells, Measured, Names, Request, Values
-from lab.checkpoints import experts_30b, parameters_of, write_checkpoint
-from lab.commands import peak_of, timed_saap
+from lab.checkpoints import cost_of_pruning, experts_30b
 
 WHOLE = 48
 """Layers of the model."""
@@ -20,18 +17,8 @@ SMOKE = False
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Write the checkpoint, prune it in a process of its own, delete both."""
     for layers in wanted:
-        with tempfile.TemporaryDirectory() as temporary:
-            source, out = Path(temporary) / "dense", Path(temporary) / "pruned"
-            write_checkpoint(experts_30b(int(layers)), source)
-            report, seconds, used = timed_saap("prune", source, *FLAGS, "--out", out)
-            removed = report["pruning_ratio"]
-        yield layers, {
-            "parameters": parameters_of(experts_30b(int(layers))), "removed_share_of_blocks": removed,
-            "seconds": seconds, "processor_seconds": used, "peak_resident_bytes": peak_of(report),
-            "stages": report["stages"],
-        }  # fmt: skip
+        yield layers, cost_of_pruning(experts_30b(int(layers)), FLAGS)
 
 
 def summarise(cells: Cells) -> Values:
