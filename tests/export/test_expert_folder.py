@@ -28,6 +28,8 @@ from saap.export.expert_folder import FolderExperts, open_expert_folder
 from saap.models.loading.pretrained import load_model, open_skeleton
 from saap.models.loading.references import resolve_model
 from saap.pipeline.prune.source_file import check_plan
+from saap.pipeline.recipe.run import preview_recipe
+from saap.settings.recipe import recipe_from
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -114,6 +116,14 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def previewed(folder: Path, size: int) -> tuple[str | None, int | None]:
+    """Type and bytes of a model of a target size in the dry run of a recipe."""
+    prune = {"target_size": size, "roles": ["expert"], "layout": "uniform", "restore": False}
+    recipe = recipe_from({"model": str(folder), "output_dir": str(folder / "none"), "prune": prune}, "r")
+    (step,) = preview_recipe(recipe)["steps"]
+    return step.get("dtype"), step.get("bytes")
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_the_experts_that_stay_are_the_sources_to_the_bit(tmp_path: Path, name: str) -> None:
     folder, out = published(tmp_path, name), tmp_path / "small"
@@ -140,6 +150,9 @@ def test_the_experts_that_stay_are_the_sources_to_the_bit(tmp_path: Path, name: 
     assert fields[0].keys() == fields[1].keys()
     assert result.report.dtype == "fp8"
     assert result.report.bytes == sum(tensor.nbytes for tensor in new.values())
+    assert previewed(folder, result.report.bytes) == ("fp8", result.report.bytes)
+    (folder / "model.safetensors").unlink()
+    assert previewed(folder, 1) == (None, None)  # as after a download of the configuration alone
     assert (out / "README.md").is_file()
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     tokens = torch.arange(2, 42).reshape(2, 20)

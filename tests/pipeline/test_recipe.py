@@ -63,7 +63,7 @@ def test_every_recipe_runs_dry_on_the_shape_of_its_model(
 ) -> None:
     found = GRAPHS.get(id(SHAPES[file.stem]))
     stock = recipe_run.discover
-    monkeypatch.setattr(recipe_run, "discover", lambda model, ref: kept(file.stem, found or stock(model, ref)))
+    monkeypatch.setattr(recipe_run, "discover", lambda *one, **more: kept(file.stem, found or stock(*one, **more)))
     SHAPES[file.stem].save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     recipe = read_recipe(file, [f"model={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}"])
@@ -322,6 +322,15 @@ def test_a_dry_run_checks_a_given_plan(tmp_path: Path) -> None:
     plan.write_text(json.dumps(document))
     with pytest.raises(PlanError, match=f"only the number of units of {name}"):
         preview_recipe(recipe_from(tree, "r"))
+
+
+def test_a_dry_run_finds_query_heads_and_refuses_roles_as_the_run_does(tmp_path: Path) -> None:
+    base = {"model": str(tiny.folder(tmp_path / "model")), "out": str(tmp_path / "out")}
+    wanted = {**SMALL, "pruning_ratios": [0.05], "roles": ["query"]}
+    (pruned,) = preview_recipe(recipe_from({**base, "prune": wanted}, "r"))["steps"]
+    assert pruned["parameters"] < tiny.model().num_parameters()
+    with pytest.raises(ConfigurationError, match="always removes block, not ffn"):
+        preview_recipe(recipe_from({**base, "prune": {**SMALL, "method": "block-influence", "roles": ["ffn"]}}, "r"))
 
 
 @pytest.mark.parametrize(("package", "words"), [("gguf", "gguf needs the package"), ("llama_cpp_py_sync", "Checking")])

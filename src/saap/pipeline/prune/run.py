@@ -198,7 +198,7 @@ def _prepare(
             check_layers(experts, graph)
         space = search_space(loaded.model, graph, config)
         files = experts if vocabulary is not None else experts or folder_experts(loaded, graph, config, options)
-        targets = _reachable(targets, config, loaded, graph, space, files)
+        targets = reachable_targets(targets, config, loaded, graph, space, files)
     for note in notes(loaded, files):
         meter.reporter.note(note)
     if config.target_speedup is not None:
@@ -215,11 +215,14 @@ def _prepare(
     )  # fmt: skip
 
 
-def _reachable(
+def reachable_targets(
     targets: Sequence[Target], config: PruneConfig, loaded: LoadedModel, graph: ModelGraph, space: SearchSpace,
     experts: Experts | None,
 ) -> list[Target]:  # fmt: skip
-    """The targets with budgets or the given plan. Raises SaapError for what cannot be reached."""
+    """The targets with budgets or the given plan. Raises SaapError for what cannot be reached.
+
+    experts: of the files that the result is made from. The model of `loaded` needs no weights.
+    """
     if experts is None or config.target_bytes is None:
         targets = with_budgets(targets, config, graph, loaded.dtype)
     else:

@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from saap._version import __version__
-from saap.core.errors import OutputError, StaleInputError
-from saap.core.records import ModelRef, count_parameters, digest_of
+from saap.core.errors import ModelError, OutputError, StaleInputError
+from saap.core.records import ModelRef, digest_of
 from saap.data.texts import check_source
 from saap.discovery import discover
 from saap.discovery.blocks import find_blocks
@@ -22,30 +22,29 @@ from saap.export.placing import check_place
 from saap.models.checkpoint.groupwise import linears_inside
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer, model_without_weights
-from saap.models.loading.references import resolve_model
-from saap.models.structure.keep_index import KeepIndex
+from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.pipeline.evaluate.run import check_request, evaluate_model, write_report
 from saap.pipeline.export.run import export_model
-from saap.pipeline.prune.baselines import check_method, for_method
-from saap.pipeline.prune.given_plan import read_given_plan
-from saap.pipeline.prune.run import run_prune
+from saap.pipeline.prune.baselines import check_method, for_method, require_own_roles
+from saap.pipeline.prune.planning import trial_plan
+from saap.pipeline.prune.run import reachable_targets, run_prune
+from saap.pipeline.prune.source_file import folder_experts, stored_bytes
 from saap.pipeline.recover.context import read_data
 from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.digests import model_digest, named_files, tree_digest
-from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.inputs import LoadedModel, RunOptions
 from saap.pipeline.shared.legality import search_space
 from saap.pipeline.shared.progress import Reporter, Silent
-from saap.pipeline.shared.targets import plan_targets, with_budgets
+from saap.pipeline.shared.targets import plan_targets
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.quantise import check_group_sizes
 from saap.reporting.report import build_page, write_page
 from saap.settings.evaluate import EvalRequest
 from saap.settings.export import ExportRequest
-from saap.settings.prune import PruneConfig
+from saap.settings.prune import PrunableRole, PruneConfig
 from saap.settings.recipe import Recipe
 from saap.settings.recover import Tuning
-from saap.structure_search.plan import check_reachable
 
 STATE = "recipe.json"
 
@@ -275,7 +274,7 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     tuning = recipe.recover if recipe.prune is None else None
     if tuning is not None and tuning.tuning is Tuning.GROUPWISE:
         check_group_sizes(linears_inside(model, find_blocks(model)), tuning.group_size)
-    steps = [] if recipe.prune is None else _pruned(recipe, for_method(recipe.prune), model, dtype)
+    steps = [] if recipe.prune is None else _pruned(recipe, recipe.prune, resolved, model, dtype)
     for step in recipe_steps(recipe, digests=False):
         if step.name != "prune":
             steps.append({"name": step.name, "output": str(step.outputs[0])})
@@ -283,35 +282,46 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     return {"model": recipe.model, "class": type(model).__name__, "parameters": parameters, "steps": steps}
 
 
-def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
+def _pruned(
+    recipe: Recipe, config: PruneConfig, resolved: ResolvedModel, model: Any, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """Discovery and the reachability of each target, on the model without weights.
 
-    The size for a target speed is unknown until decoding is measured with weights, and that with fewer tokens until the
-    weights have chosen them.
+    The size for a target speed is unknown until decoding is measured with weights, that with fewer tokens until the
+    weights have chosen them, and that of a quantised folder until its files are on this machine.
     """
+    require_own_roles(config)
+    config = for_method(config)
     if config.target_speedup is not None:
         config.runtime.check()
     ref = ModelRef(source=recipe.model, revision=recipe.revision, config_digest="", weights_digest="")
-    graph = discover(model, ref)
+    graph = discover(model, ref, finer_heads=PrunableRole.QUERY in config.roles)
     check_method(config, graph)
-    targets = plan_targets(config, RunOptions(out=recipe.out / "pruned"), check=False)
+    options = RunOptions(out=recipe.out / "pruned", dtype=recipe.dtype)
+    targets = plan_targets(config, options, check=False)
+    rows: list[dict[str, Any]] = [
+        {"name": "prune", "target": target.name, "output": str(target.path)} for target in targets
+    ]
     space = search_space(model, graph, config)
-    rows: list[dict[str, Any]] = []
-    for target in with_budgets(targets, config, graph, dtype):
-        row = {"name": "prune", "target": target.name, "output": str(target.path)}
+    if config.prunes_vocabulary:
+        return rows
+    loaded = LoadedModel(
+        model=model, tokenizer=None, ref=ref, dtype=dtype, owned=False, folder=resolved.folder,
+        quantisation=resolved.quantisation,
+    )  # fmt: skip
+    try:
+        experts = folder_experts(loaded, graph, config, options)
+    except ModelError:  # has only the configuration, which tells no bytes
+        return rows
+    for row, target in zip(rows, reachable_targets(targets, config, loaded, graph, space, experts), strict=True):
         if config.target_speedup is not None:
-            rows.append({**row, "speedup": config.target_speedup, "runtime": str(config.runtime)})
+            row |= {"speedup": config.target_speedup, "runtime": str(config.runtime)}
             continue
-        if config.prunes_vocabulary:
-            rows.append(row)
-            continue
-        if target.budget is not None:
-            left = check_reachable(graph, target.budget, space).parameters
-        elif config.plan is not None:
-            given = read_given_plan(config.plan, config, model, graph, None)
-            left = count_parameters(KeepIndex.of(graph, given.keep(graph), given.dropped_blocks).shapes)
-        size = {"parameters": left, "bytes": left * dtype.itemsize, "dtype": str(dtype).removeprefix("torch.")}
-        rows.append({**row, **size})
+        plan = trial_plan(graph, target, space)
+        written, size = str(dtype).removeprefix("torch."), plan.parameters * dtype.itemsize
+        if experts is not None:
+            written, size = experts.type, stored_bytes(experts, graph, plan).after
+        row |= {"parameters": plan.parameters, "bytes": size, "dtype": written}
     return rows
 
 
