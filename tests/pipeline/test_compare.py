@@ -175,7 +175,29 @@ def test_refusals_come_before_the_model_is_read(tmp_path) -> None:
         request_for(tmp_path, methods="saap,saap")
     with pytest.raises(ConfigurationError, match="whole number"):
         request_for(tmp_path, seeds="0,x")
+    with pytest.raises(ConfigurationError, match="attention and query, which cannot be combined"):
+        request_for(tmp_path, methods="saap@attention+query")
+    whole = request_for(tmp_path, methods="block-influence@ffn", evaluation=EvalRequest(texts=("bundled",)))
+    with pytest.raises(ConfigurationError, match="always removes block, not ffn"):
+        compare(nowhere, whole, RunOptions(), tmp_path / "out")
     assert request_for(tmp_path, methods="flap@ffn").methods[0].label == "flap@ffn"
+
+
+@pytest.mark.parametrize(("method", "role"), [("magnitude@hidden", "hidden"), ("wanda-sp@expert", "expert")])
+def test_roles_that_a_method_cannot_score_are_refused_before_the_scoring(source, tmp_path, method, role) -> None:
+    with pytest.raises(ConfigurationError, match=f"does not score units of the role {role}"):
+        compare(source, request_for(tmp_path, methods=method), RunOptions(device="cpu"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_query_heads_are_compared_with_other_roles(source, tmp_path) -> None:
+    config = request_for(tmp_path).config.model_copy(update={"pruning_ratios": (0.05,), "roles": ("ffn",)})
+    request = request_for(
+        tmp_path, methods="random@query,block-influence", config=config, restorations=(False,), task_ratios=()
+    )
+    rows = compare(source, request, RunOptions(device="cpu"), tmp_path / "out")["rows"]
+    assert [row["method"] for row in rows] == ["random@query", "block-influence"]
+    assert all(row["pruning_ratio"] >= 0.05 for row in rows)
 
 
 def test_a_ratio_that_one_method_cannot_reach_is_refused_first(source, tmp_path) -> None:

@@ -94,6 +94,8 @@ class MethodChoice(Settings):
         method, mark, roles = given.partition("@")
         if PrunableRole.VOCABULARY in roles.split("+"):
             raise ValueError("prunes the vocabulary, which is not compared", "Leave vocabulary out")
+        if {PrunableRole.ATTENTION, PrunableRole.QUERY} <= set(roles.split("+")):
+            raise ValueError("has the roles attention and query, which cannot be combined", "Leave one of the two out")
         return {"method": method, "roles": roles.split("+") if mark else None}
 
     @property

@@ -25,7 +25,7 @@ from saap.models.walk.probe import check_runs, trial_ids
 from saap.models.walk.processes import Processes
 from saap.pipeline.compare.rows import RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, read_streams, requested_perplexity
-from saap.pipeline.prune.baselines import baseline_of, for_method, measurements
+from saap.pipeline.prune.baselines import baseline_of, check_method, for_method, measurements, require_own_roles
 from saap.pipeline.prune.making import cut_and_restore
 from saap.pipeline.prune.steps import carry_out, plans_for
 from saap.pipeline.shared.context import Run
@@ -38,7 +38,7 @@ from saap.pipeline.shared.targets import Target, with_budgets
 from saap.pipeline.shared.tokens import draw_tokens, sample_length
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.compare import CompareRequest
-from saap.settings.prune import MethodChoice, PruneConfig
+from saap.settings.prune import MethodChoice, PrunableRole, PruneConfig
 from saap.structure_search.plan import check_reachable
 
 LARGEST_RATIO = 1e100
@@ -62,6 +62,7 @@ def compare(
     """
     meter = Meter(reporter if reporter is not None else Silent(), place_of(source, options))
     _check(request)
+    configs = [_config(request, choice, request.seeds[0]) for choice in request.methods]
     opened, tokenizer = resolve_with_tokenizer(source, options, tokenizer)
     streams = read_streams(request.evaluation, tokenizer)
     with meter.stage(LOAD):
@@ -71,10 +72,11 @@ def compare(
             loaded.model,
             trial_ids(loaded.model, max(request.evaluation.window, sample_length(loaded.model, request.config))),
         )
-        graph = discover(loaded.model, loaded.ref)
+        finer_heads = any(PrunableRole.QUERY in config.roles for config in configs)
+        graph = discover(loaded.model, loaded.ref, finer_heads=finer_heads)
         check_walk(loaded.model, graph.blocks)
-        for choice in request.methods:
-            config = _config(request, choice, request.seeds[0])
+        for config in configs:
+            check_method(config, graph)
             for target in _targets(config, graph, loaded):
                 check_reachable(graph, target.budget, search_space(loaded.model, graph, config))
     bench = _Bench(loaded, graph, request, streams, meter, RowStore(out, request))
@@ -106,8 +108,12 @@ def _check(request: CompareRequest) -> None:
 
 
 def _config(request: CompareRequest, choice: MethodChoice, seed: int) -> PruneConfig:
+    """The settings of one method. Raises ConfigurationError for roles of its own that it does not have."""
     changes = {"method": choice.method, "roles": choice.roles or request.config.roles, "seed": seed, "restore": False}
-    return for_method(request.config.model_copy(update=changes))
+    config = request.config.model_copy(update=changes)
+    if choice.roles is not None:
+        require_own_roles(config)
+    return for_method(config)
 
 
 def _targets(config: PruneConfig, graph: ModelGraph, loaded: LoadedModel) -> list[Target]:
