@@ -191,8 +191,10 @@ def test_a_run_in_memory_checks_the_disk_before_the_estimation(
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(64 * 1024**2 + 20_000))  # the spare, and little more
     monkeypatch.setattr(planning, "estimate", lambda *a, **k: pytest.fail("the estimation began"))
-    with pytest.raises(OutputError, match="MB free"):
-        run_prune(source, PruneConfig(pruning_ratios=(0.2,), **SETTINGS), RunOptions(out=tmp_path / "out"))
+    for ratio in (0.2, 0.3):  # the first run leaves no folder that would reject the settings of the second
+        with pytest.raises(OutputError, match="MB free"):
+            run_prune(source, PruneConfig(pruning_ratios=(ratio,), **SETTINGS), RunOptions(out=tmp_path / "out"))
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_forecast_of_a_given_plan_has_its_sizes(source: Path, tmp_path: Path) -> None:

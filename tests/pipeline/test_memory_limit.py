@@ -19,6 +19,7 @@ from saap.models.loading import memory
 from saap.models.walk import offload as offload_module
 from saap.models.walk import walk as walk_module
 from saap.models.walk.offload import OffloadedWeights
+from saap.models.walk.processes import Processes
 from saap.pipeline.prune import making, planning
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared import memory_estimate, memory_limit, stages
@@ -225,6 +226,15 @@ def test_the_preset_of_the_paper_says_that_its_recovery_is_left_out(
     flags = ("--pruning-ratio", "0.2", "--preset", "paper", "--max-memory", "1B", "--out", tmp_path / "out")
     code, said, _ = command.run(capsys, "prune", source, *flags)
     assert (code, "leaves out the recovery of --preset paper" in said) == (2, True)
+
+
+def test_several_processes_are_refused_before_there_is_a_work_folder(
+    source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Processes, "found", lambda: Processes(rank=1, count=2))
+    with pytest.raises(ConfigurationError, match="read by one process"):
+        saap.prune(source, pruning_ratio=0.2, out=tmp_path / "out", max_memory=1, **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_limit_that_is_too_small_names_the_least(source: Path, tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
-"""The declared list of stages."""
+"""The declared list of stages, and the folder of their files."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from saap.models.walk.processes import Processes
 from saap.pipeline.shared.stages import (
     CUT,
     ESTIMATE,
@@ -13,6 +18,7 @@ from saap.pipeline.shared.stages import (
     outstanding,
     steps_of,
 )
+from saap.pipeline.shared.work import WorkFolder
 
 
 def test_a_stage_needs_what_earlier_ones_give() -> None:
@@ -43,3 +49,23 @@ def test_an_interrupted_run_carries_out_what_is_still_needed() -> None:
     assert SEARCH not in {step.stage for step in left}
     assert {ESTIMATE, RESTORE, MEASURE} <= {step.stage for step in left}
     assert outstanding(steps, steps, ["result"]) == [step for step in steps if step.stage is PLACE]
+
+
+@pytest.mark.parametrize(
+    ("file", "stages", "stays"),
+    [
+        ("settings.json", "*", False), ("spill/0.spill", "*", False), ("estimation/finished.safetensors", "*", True),
+        ("plan.json", "*", True), ("best.safetensors", "state.safetensors", False),
+    ],
+)  # fmt: skip
+def test_a_failure_leaves_a_work_folder_only_where_there_is_something_to_resume(
+    tmp_path: Path, file: str, stages: str, stays: bool
+) -> None:
+    work = WorkFolder(tmp_path / "work")
+    work.open("one")
+    work.file(file).parent.mkdir(exist_ok=True)
+    work.file(file).touch()
+    with pytest.raises(KeyboardInterrupt), work.alone(Processes(), stages):
+        raise KeyboardInterrupt
+    assert work.path.exists() is stays
+    assert len(list(tmp_path.iterdir())) == stays

@@ -14,7 +14,7 @@ from safetensors.numpy import save as tensors_to_bytes
 from saap.core.errors import StaleInputError
 from saap.core.records import Digested, FloatArray
 from saap.core.storage import write_whole
-from saap.models.walk.spill import FileTensors, Piece, StoredSequence, Tensors
+from saap.models.walk.spill import SPILLED, FileTensors, Piece, StoredSequence, Tensors
 
 NAME = "finished.safetensors"
 
@@ -76,6 +76,6 @@ def forget_finished(folder: Path) -> None:
 
 def _delete_others(folder: Path, found: FinishedBlocks) -> None:
     needed = {one.name for one in found.streams}
-    for path in folder.glob("*.spill"):
+    for path in folder.glob(f"*{SPILLED}"):
         if path.name not in needed:
             path.unlink(missing_ok=True)

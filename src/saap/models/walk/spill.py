@@ -19,6 +19,8 @@ from saap.core.errors import OutputError
 
 PIECE_BYTES = 2**26
 """More than the largest piece that an allocator keeps to itself when it is freed (32 MiB in glibc)."""
+SPILLED = ".spill"
+"""Suffix of the files of sequences."""
 
 
 class Tensors(Protocol):
@@ -144,7 +146,7 @@ class FileTensors:
     """
 
     def __init__(self, folder: Path, stored: StoredSequence | None = None) -> None:
-        self._path = folder / (f"{uuid.uuid4().hex}.spill" if stored is None else stored.name)
+        self._path = folder / (f"{uuid.uuid4().hex}{SPILLED}" if stored is None else stored.name)
         self._pieces = deque(() if stored is None else stored.pieces)
         self._end = 0 if stored is None else stored.end
         self._deleted: weakref.finalize[..., FileTensors] | None = None

@@ -84,11 +84,6 @@ def run_prune(
     if processes.broadcast_result(lambda: work.open(_settings_digest(run))):
         meter.reporter.note(f"resuming the finished stages in {work.path}")
     with work.alone(processes), quick_float32_products():
-        if processes.count > 1 and run.loaded.fresh is not None:
-            raise ConfigurationError(
-                "Weights that stay in their files are read by one process",
-                "Start it without torchrun, or leave out --max-memory",
-            )
         processes.broadcast_result(lambda: _check_disk(run))
         found = carry_out(run, ("result",))
     processes.barrier()
@@ -177,8 +172,7 @@ def _prepare(
     with meter.stage(LOAD):
         loaded = open_within(source, config, options, tokenizer)
     if loaded.fresh is not None:
-        if options.out is None:
-            raise _needs_folder()
+        _check_reads_files(options, processes)
         meter.reporter.note("the weights stay in their files and are read block by block")
     if loaded.spills:
         meter.reporter.note("the activations of the reconstruction are kept outside the memory of the weights")
@@ -234,6 +228,17 @@ def reachable_targets(
         return targets
     given = read_given_plan(config.plan, config, loaded.model, graph, experts)
     return [dataclasses.replace(targets[0], plan=given)]
+
+
+def _check_reads_files(options: RunOptions, processes: Processes) -> None:
+    """Raise ConfigurationError for a run that cannot be made with weights in files."""
+    if options.out is None:
+        raise _needs_folder()
+    if processes.count > 1:
+        raise ConfigurationError(
+            "Weights that stay in their files are read by one process",
+            "Start it without torchrun, or leave out --max-memory",
+        )
 
 
 def _needs_folder() -> ConfigurationError:

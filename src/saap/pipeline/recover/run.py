@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def run_recover(
     run = prepare(str(source), config, options, reporter or Silent())
     work = WorkFolder(work_path(options))
     run.processes.broadcast_result(lambda: work.open(run.digest))
-    with work.alone(run.processes), _kept_with_a_state(run, work), quick_float32_products():
+    with work.alone(run.processes, stages=STATE), quick_float32_products():
         dense, before = run.recorded()
         teacher = load_teacher(run)
         if before is None and teacher is not None:
@@ -89,17 +88,6 @@ def run_recover(
     if run.processes.first:
         work.close(keep=options.keep_work)
     return RecoverResult(model=model, report=report, training=training, path=options.out)
-
-
-@contextmanager
-def _kept_with_a_state(run: Recovery, work: WorkFolder) -> Iterator[None]:
-    """Delete the work folder if the run fails before its first state: its settings would only reject other ones."""
-    try:
-        yield
-    except BaseException:
-        if run.processes.first and not work.file(STATE).is_file():
-            work.close(keep=False)
-        raise
 
 
 def _measure(run: Recovery, model: nn.Module) -> Behaviour:

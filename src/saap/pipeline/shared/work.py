@@ -19,8 +19,11 @@ from saap.core.files import part_of
 from saap.core.storage import write_whole
 from saap.export.placing import remove_leftovers
 from saap.models.walk.processes import Processes
+from saap.models.walk.spill import SPILLED
 
 SETTINGS, LOCK = "settings.json", "lock"
+BEGUN = {part_of(Path(SETTINGS)).name, LOCK}
+"""Files that a process leaves that is killed at its start."""
 
 
 class WorkFolder:
@@ -58,9 +61,7 @@ class WorkFolder:
                     "Delete that folder, or choose another --work-dir",
                 )
             return True
-        # except leftovers of a process that was killed at its start
-        of_no_use = {part_of(self.path / SETTINGS), self.path / LOCK}
-        if self.path.exists() and not (self.path.is_dir() and of_no_use.issuperset(self.path.iterdir())):
+        if self.path.exists() and not (self.path.is_dir() and all(file.name in BEGUN for file in self.path.iterdir())):
             raise OutputError(
                 f"The work folder {self.path} exists and does not belong to a run", "Choose another --work-dir"
             )
@@ -68,16 +69,27 @@ class WorkFolder:
         return False
 
     @contextmanager
-    def alone(self, processes: Processes) -> Iterator[None]:
+    def alone(self, processes: Processes, stages: str = "*") -> Iterator[None]:
         """Context with a lock on the folder, which is released however this run ends.
 
-        Raises OutputError in all processes if another run has the lock. File systems without locks allow both.
+        If it fails before it has any file to resume from, the folder is deleted: its settings would only reject other
+        ones. stages: pattern of the names of such files. Raises OutputError in all processes if another run has the
+        lock. File systems without locks allow both.
         """
         processes.broadcast_result(self._acquire)
         try:
             yield
+        except BaseException:
+            if processes.first and not self._has_files(stages):
+                self.close(keep=False)
+            raise
         finally:
             self._lock.release()
+
+    def _has_files(self, stages: str) -> bool:
+        """Whether a stage has left a file, other than activations."""
+        files = (file for file in self.path.rglob(stages) if file.is_file() and file.suffix != SPILLED)
+        return any(file.name not in {*BEGUN, SETTINGS} for file in files)
 
     def _acquire(self) -> None:
         try:
