@@ -7,8 +7,11 @@ import torch
 from tests.pipeline import tiny
 
 import saap
+from saap.baselines import activations
 from saap.core.errors import ConfigurationError
 from saap.evaluation.perplexity import model_logits
+from saap.pipeline.prune.run import RunOptions, run_prune
+from saap.settings.prune import PruneConfig
 from saap.settings.registry import Method
 
 SETTINGS = {"effort": "fast", "samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8}
@@ -46,6 +49,16 @@ def test_compensation_brings_the_block_output_back(source) -> None:
     assert not [name for name, _ in without.model.named_parameters() if name.endswith(".bias")]
     random = saap.prune(source, pruning_ratio=0.3, method="random", **SETTINGS)
     assert random.report.refit_errors == {}
+
+
+def test_several_results_share_one_pass_over_the_text(source, monkeypatch) -> None:
+    passes: list[object] = []
+    walk = activations.walk
+    monkeypatch.setattr(activations, "walk", lambda *one, **more: passes.append(one) or walk(*one, **more))
+    config = PruneConfig(pruning_ratios=(0.1, 0.2), method="flap", **SETTINGS)
+    results = run_prune(source, config, RunOptions(device="cpu"))
+    assert len(passes) == 1
+    assert all(any(name.endswith(".bias") for name, _ in one.model.named_parameters()) for one in results)
 
 
 def test_refusals(source) -> None:

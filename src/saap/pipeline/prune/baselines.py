@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,16 @@ def measurements(run: Run) -> Measurements:
         return run.measurements
     backend = Backend(run.loaded.model, run.graph, progress=run.meter.reporter.advance)
     return Measurements(backend, run.tokens.tensor("scored", run.device), seed=run.config.seed)
+
+
+def with_measurements(run: Run) -> Run:
+    """The run with the measurements that the biases of all its results need, so that they are made once.
+
+    Others are needed for the scores alone, and may be large.
+    """
+    baseline = baseline_of(run.config.method)
+    needed = baseline is not None and baseline.compensation is not None and not run.config.restore
+    return dataclasses.replace(run, measurements=measurements(run)) if needed else run
 
 
 def baseline_scores(run: Run) -> ImportanceScores:

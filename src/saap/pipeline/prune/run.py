@@ -22,7 +22,7 @@ from saap.models.loading.pretrained import quiet_transformers
 from saap.models.walk.backend import Backend
 from saap.models.walk.probe import check_runs
 from saap.models.walk.processes import Processes
-from saap.pipeline.prune.baselines import check_method, for_method, require_own_roles
+from saap.pipeline.prune.baselines import check_method, for_method, require_own_roles, with_measurements
 from saap.pipeline.prune.forecast import SMALLER, check_fits, check_weights_fit, forecast
 from saap.pipeline.prune.given_plan import read_given_plan
 from saap.pipeline.prune.planning import trial_plan
@@ -203,10 +203,11 @@ def _prepare(
             check_reachable(graph, timed, space)
             targets = [dataclasses.replace(target, budget=timed) for target in targets]
     work = WorkFolder.shared(work_path(options), processes)
-    return Run(
+    run = Run(
         config, options, loaded, graph, space, tokens, work, meter, processes, targets, experts=files,
         vocabulary=vocabulary,
     )  # fmt: skip
+    return with_measurements(run)
 
 
 def reachable_targets(

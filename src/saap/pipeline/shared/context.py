@@ -50,9 +50,9 @@ class Run:
     """A prepared run: everything that can be checked early has been checked.
 
     processes: of the run; the first one writes the stage files, and the others read them. measurements: the baselines'
-    measurements of the dense model so far, if several methods share them. experts: of the model's files, if the result
-    is these files without some of them. vocabulary: what was removed of it; `loaded` and `graph` are of the model after
-    that.
+    measurements of the dense model so far, if several methods or results share them. experts: of the model's files, if
+    the result is these files without some of them. vocabulary: what was removed of it; `loaded` and `graph` are of the
+    model after that.
     """
 
     config: PruneConfig
