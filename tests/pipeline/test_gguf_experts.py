@@ -156,7 +156,6 @@ def test_nothing_is_overwritten_without_being_told(source: Path, tmp_path: Path)
         (("--roles", "expert", "--skip-layers", "first:1"), "--skip-layers lets layers differ"),
         (("--roles", "expert", "--dtype", "float16"), "--dtype changes weights"),
         (("--roles", "expert", "--recover", "conversations"), "--recover tunes weights"),
-        (("--roles", "expert", "--preset", "paper"), "--recover tunes weights"),
         (("--roles", "expert", "--check", "transformers"), "--check opens folders"),
         (("--roles", "expert", "--pruning-ratio", "0.7"), "cannot be removed"),
         (("--roles", "expert", "--max-memory", "1MB"), "it is a GGUF file"),
@@ -171,6 +170,15 @@ def test_what_a_gguf_file_has_no_place_for_is_refused(
     code, _, error = command.run(capsys, "prune", source, "-o", tmp_path / "small.gguf", *ratio, *FLAGS, *flags)
     assert (code, offender in error) == (2, True), error
     assert not list(tmp_path.iterdir())
+
+
+def test_the_preset_of_the_paper_says_that_its_recovery_is_left_out(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--roles", "expert", "--preset", "paper", "--pruning-ratio", "0.7", "--sample-length", "32")
+    code, said, error = command.run(capsys, "prune", source, "-o", tmp_path / "small.gguf", *flags)
+    assert (code, "cannot be removed" in error) == (2, True)
+    assert "-o NAME.gguf leaves out the recovery of --preset paper" in said
 
 
 def test_other_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

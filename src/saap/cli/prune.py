@@ -58,11 +58,12 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
     if options.out is None and not stages.dry_run:
         raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR, or use --dry-run")
     papers = config.preset is Preset.PAPER and config.method is Method.SAAP
-    data = stages.recover or (INSTRUCTIONS if papers and options.max_memory is None else ())
-    without = papers and not data
+    writes_file = options.out is not None and options.out.suffix == ".gguf"
+    untuned = "--max-memory" if options.max_memory is not None else "-o NAME.gguf" if writes_file else ""
+    data = stages.recover or (INSTRUCTIONS if papers and not untuned else ())
     if stages.recover_minutes is not None and not data:
         raise ConfigurationError("--recover-minutes tunes nothing", "Specify the data with --recover NAME|FILE")
-    if stages.check and options.out is not None and options.out.suffix == ".gguf":
+    if stages.check and writes_file:
         raise ConfigurationError("--check opens folders, not GGUF files", "Leave it out, or write a folder with -o DIR")
     for consumer in stages.check:
         consumer.check()
@@ -71,8 +72,8 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
     from saap.cli.show import prune as drawn
 
     with output.make_reporter(display) as reporter:
-        if without:
-            reporter.note("--max-memory leaves out the recovery of --preset paper: use `saap recover` later")
+        if papers and not data:
+            reporter.note(f"{untuned} leaves out the recovery of --preset paper: use `saap recover` later")
         if stages.dry_run:
             from saap.pipeline.prune.run import preview
 
