@@ -14,8 +14,7 @@ from saap.core.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
 from saap.pipeline.evaluate.generate import Speaker, choose, continued, open_speakers
 from saap.pipeline.shared import outcome
-from saap.pipeline.shared.dense_model import DenseChoice
-from saap.settings.evaluate import GenerationSettings
+from saap.settings.evaluate import DenseSettings, GenerationSettings
 from saap.settings.run import RunOptions
 
 CPU = RunOptions(device="cpu")
@@ -67,17 +66,17 @@ def test_sampling_follows_the_seed_and_the_temperature() -> None:
 def test_the_dense_model_is_the_one_of_the_manifest(tmp_path: Path) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
     with pytest.raises(ModelError, match=r"dense model.*--dense MODEL"):  # its manifest names a model that is not here
-        open_speakers(str(folder), DenseChoice(), CPU)
-    assert [one.label for one in open_speakers(str(folder), None, CPU)] == ["answer"]
+        open_speakers(str(folder), DenseSettings(), CPU)
+    assert [one.label for one in open_speakers(str(folder), DenseSettings(no_dense=True), CPU)] == ["answer"]
     dense = family_folder(tmp_path / "whole", "llama")
     record = folder / "saap" / "manifest.json"
     fields = json.loads(record.read_text())
     fields["base"]["source"] = str(dense)
     record.write_text(json.dumps(fields))
-    first, second = open_speakers(str(folder), DenseChoice(), CPU)
+    first, second = open_speakers(str(folder), DenseSettings(), CPU)
     assert (first.label, second.label) == ("dense", "pruned")
     assert first.model.num_parameters() > second.model.num_parameters()
-    assert [one.label for one in open_speakers(str(dense), DenseChoice(), CPU)] == ["answer"]
+    assert [one.label for one in open_speakers(str(dense), DenseSettings(), CPU)] == ["answer"]
 
 
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])

@@ -51,10 +51,8 @@ def chat(
     if place.web is not None:
         _check_web(place.web.port)
     from saap.pipeline.evaluate.generate import open_speakers
-    from saap.pipeline.shared.dense_model import DenseChoice
 
-    choice = None if comparison.no_dense else DenseChoice.of(comparison, comparison.dense)
-    speakers = open_speakers(model, choice, options, without=lambda error: print(f"note: {error}", file=sys.stderr))
+    speakers = open_speakers(model, comparison, options, without=lambda error: print(f"note: {error}", file=sys.stderr))
     if place.web is None:
         _talk(speakers, settings)
     else:

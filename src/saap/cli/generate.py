@@ -31,12 +31,10 @@ def generate(
     from saap.cli.show.answers import draw_columns, print_in_turn
     from saap.pipeline.evaluate.chat import replies, with_question
     from saap.pipeline.evaluate.generate import open_speakers
-    from saap.pipeline.shared.dense_model import DenseChoice
 
     if not question.prompt.strip():
         raise ConfigurationError("--prompt is empty", "Give a text to answer")
-    choice = None if comparison.no_dense else DenseChoice.of(comparison, comparison.dense)
-    speakers = open_speakers(model, choice, options)
+    speakers = open_speakers(model, comparison, options)
     labels = {speaker.label: speaker.label for speaker in speakers}
     rounds = replies(speakers, with_question({label: [] for label in labels}, question.prompt), settings)
     if display.as_json:

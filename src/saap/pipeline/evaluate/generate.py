@@ -13,9 +13,9 @@ from saap.evaluation.speed import CachedModel
 from saap.models.loading.pretrained import end_tokens
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.probe import check_reads
-from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
+from saap.pipeline.shared.dense_model import manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import RunOptions, open_model
-from saap.settings.evaluate import GenerationSettings
+from saap.settings.evaluate import DenseSettings, GenerationSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +33,21 @@ class Speaker:
 
 
 def open_speakers(
-    source: str, choice: DenseChoice | None, options: RunOptions, without: Callable[[ModelError], None] | None = None
+    source: str, comparison: DenseSettings, options: RunOptions, without: Callable[[ModelError], None] | None = None
 ) -> tuple[Speaker, ...]:
     """Load the models: first the dense one (that of the manifest, or the specified one), then `source`.
 
-    choice: None for `source` only; a model that was never pruned also has no dense model unless specified. without:
-    receives the error if the dense model of the manifest is not on this machine; None raises it. Raises ModelError.
+    A model that was never pruned has no dense model unless specified. without: receives the error if the dense model of
+    the manifest is not on this machine; None raises it. Raises ModelError.
     """
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     try:
-        found = None if choice is None else resolve_dense(choice, manifest_of(resolved))
+        found = None if comparison.no_dense else resolve_dense(comparison, manifest_of(resolved))
         others = () if found is None else (_speaker("dense", found, options),)
     except ModelError as error:
         remedy = error.remedy if "--dense" in error.remedy else "Use --dense MODEL or --no-dense"
         told = ModelError(f"The dense model: {error.offender}", remedy)
-        if without is None or choice is None or choice.source is not None:
+        if without is None or comparison.dense is not None:
             raise told from None
         without(told)
         others = ()

@@ -31,7 +31,6 @@ from saap.models.loading.references import ResolvedModel
 from saap.models.walk.probe import check_runs
 from saap.pipeline.evaluate.speed import compare_speeds
 from saap.pipeline.shared.dense_model import (
-    DenseChoice,
     check_same_tokens,
     keep_tokens_of,
     manifest_of,
@@ -98,7 +97,7 @@ def _dense_model(
         return None
     manifest = manifest_of(evaluated) if isinstance(evaluated, ResolvedModel) else None
     try:
-        return resolve_dense(DenseChoice.of(request, request.dense), manifest)
+        return resolve_dense(request, manifest)
     except ModelError as error:
         if request.dense is not None:
             raise

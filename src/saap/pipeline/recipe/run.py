@@ -31,7 +31,7 @@ from saap.pipeline.prune.run import reachable_targets, run_prune
 from saap.pipeline.prune.source_file import folder_experts, stored_bytes
 from saap.pipeline.recover.context import read_data
 from saap.pipeline.recover.run import run_recover
-from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
+from saap.pipeline.shared.dense_model import manifest_of, resolve_dense
 from saap.pipeline.shared.digests import model_digest, named_files, tree_digest
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions
 from saap.pipeline.shared.legality import search_space
@@ -80,14 +80,14 @@ def _check_inputs(recipe: Recipe) -> None:
     _check_requests(recipe)
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     manifest = manifest_of(resolved) if recipe.prune is None else None  # a model pruned here has none yet
-    choices: list[DenseChoice] = []
+    # a dense model that only a manifest specifies may be missing
     if recipe.recover is not None:
         read_data(recipe.recover, load_tokenizer(resolved))
-        choices.append(DenseChoice.of(recipe.recover, recipe.recover.teacher))
-    choices += [DenseChoice.of(request, request.dense) for request in recipe.eval.values()]
-    for choice in choices:
-        if choice.source is not None:  # a dense model that only a manifest specifies may be missing
-            resolve_dense(choice, manifest)
+        if recipe.recover.teacher is not None:
+            resolve_dense(recipe.recover, manifest)
+    for request in recipe.eval.values():
+        if request.dense is not None:
+            resolve_dense(request, manifest)
 
 
 class _Record(BaseModel):

@@ -21,7 +21,7 @@ from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
-from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense, tokenizer_with, tokens_of
+from saap.pipeline.shared.dense_model import manifest_of, resolve_dense, tokenizer_with, tokens_of
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.meter import Meter
@@ -156,7 +156,7 @@ def _with_teacher(
     only_tuned = earlier is not None and earlier.parameters.before == earlier.parameters.after
     if config.teacher is not None or (config.distillation != 0 and not only_tuned):
         try:
-            teacher = resolve_dense(DenseChoice.of(config, config.teacher), earlier)
+            teacher = resolve_dense(config, earlier)
             own = None if teacher is None or tokenizer is None else tokenizer_with(teacher, tokens_of(resolved))
             if teacher is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
                 offender = f"--dense {teacher.source} has another vocabulary than {resolved.source}"

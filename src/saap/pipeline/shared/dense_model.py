@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -19,42 +18,29 @@ from saap.vocabulary.cut_model import cut_rows, embedding_of
 from saap.vocabulary.cut_tokenizer import cut_tokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenseChoice:
-    """A user's choice of the dense model, separate from the options of the pruned one.
-
-    source: None for the model in the pruned one's manifest. revision: None for that of the manifest, if it is for the
-    same model. trust_remote_code: whether code in its repository may be run.
-    """
-
-    source: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-    @classmethod
-    def of(cls, settings: EvalRequest | RecoverConfig | DenseSettings, source: str | None) -> DenseChoice:
-        """The choice in the settings of a step; `source` is the field with the dense model."""
-        return cls(source=source, revision=settings.dense_revision, trust_remote_code=settings.dense_trust_remote_code)
-
-
 def manifest_of(resolved: ResolvedModel) -> RunManifest | None:
     """The manifest of a model written by saap, None for any other model. Raises ModelError if it is damaged."""
     return None if resolved.gguf_file is not None else read_manifest(resolved.folder)
 
 
-def resolve_dense(choice: DenseChoice, manifest: RunManifest | None) -> ResolvedModel | None:
+def resolve_dense(
+    settings: EvalRequest | RecoverConfig | DenseSettings, manifest: RunManifest | None
+) -> ResolvedModel | None:
     """The dense model on this machine; None if none is specified. manifest: of the pruned model, if it has one.
 
-    Only a model specified by the user is downloaded; one from a manifest must be on this machine. Raises ModelError.
+    Without a dense model in the settings it is that of the manifest, and a model's revision is the recorded one unless
+    they have another. Only a model specified by the user is downloaded; one from a manifest must be on this machine.
+    Raises ModelError.
     """
+    given = settings.teacher if isinstance(settings, RecoverConfig) else settings.dense
     base = None if manifest is None else manifest.base
-    source = choice.source if choice.source is not None or base is None else base.source
+    source = given if given is not None or base is None else base.source
     if source is None:
         return None
     recorded = base.revision if base is not None and base.source == source else None
-    revision = recorded if choice.revision is None else choice.revision
+    revision = recorded if settings.dense_revision is None else settings.dense_revision
     try:
-        return resolve_model(source, revision, choice.trust_remote_code, fetch=choice.source is not None)
+        return resolve_model(source, revision, settings.dense_trust_remote_code, fetch=given is not None)
     except ModelError as error:
         raise ModelError(error.offender, error.remedy.replace("--trust-", "--dense-trust-")) from None
 
