@@ -173,6 +173,8 @@ def test_refusals_come_before_the_model_is_read(tmp_path) -> None:
         request_for(tmp_path, methods="saap,flop")
     with pytest.raises(ConfigurationError, match="twice"):
         request_for(tmp_path, methods="saap,saap")
+    with pytest.raises(ConfigurationError, match="--methods is empty"):
+        request_for(tmp_path, methods=())
     with pytest.raises(ConfigurationError, match="whole number"):
         request_for(tmp_path, seeds="0,x")
     with pytest.raises(ConfigurationError, match="attention and query, which cannot be combined"):

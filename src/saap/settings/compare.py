@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from saap.settings.evaluate import EvalRequest
 from saap.settings.prune import MethodChoice, PruneConfig, Ratio
 from saap.settings.registry import Method
-from saap.settings.setting import Commas, Different, Flag, Only, Seed, Settings
+from saap.settings.setting import Commas, Different, Filled, Flag, Only, Seed, Settings
 
 compared_flag = partial(Flag, panel="Comparison")
 FIVE_METHODS = "saap,llm-pruner-element2,flap,wanda-sp,magnitude"
@@ -35,6 +35,7 @@ class CompareRequest(Settings):
         tuple[MethodChoice, ...],
         Commas,
         Different,
+        Filled,
         compared_flag(
             "Methods, each METHOD or METHOD@ROLE+ROLE for these roles only.", metavar="M[,M...]", default=FIVE_METHODS
         ),
@@ -50,10 +51,14 @@ class CompareRequest(Settings):
         ),
     ]  # fmt: skip
     seeds: Annotated[
-        tuple[Seed, ...], Commas, Different, compared_flag("Seeds of the calibration samples.", metavar="N[,N...]")
+        tuple[Seed, ...],
+        Commas,
+        Different,
+        Filled,
+        compared_flag("Seeds of the calibration samples.", metavar="N[,N...]"),
     ] = (0,)
     restorations: Annotated[
-        tuple[bool, ...], BeforeValidator(_restorations), compared_flag(
+        tuple[bool, ...], BeforeValidator(_restorations), Filled, compared_flag(
             "Least-squares reconstruction by saap for every method: both, yes or no.", name="restore",
             metavar="both|yes|no", default="both",
         ),

@@ -46,13 +46,7 @@ LARGEST_RATIO = 1e100
 
 
 def compare(
-    source: str | Path | nn.Module,
-    request: CompareRequest,
-    options: RunOptions,
-    out: Path,
-    reporter: Reporter | None = None,
-    *,
-    tokenizer: Any | None = None,
+    source: str | Path, request: CompareRequest, options: RunOptions, out: Path, reporter: Reporter | None = None
 ) -> Comparison:
     """Prune with every method, ratio, seed and reconstruction, measure each, and write it all to `out`.
 
@@ -63,7 +57,7 @@ def compare(
     meter = Meter(reporter if reporter is not None else Silent(), place_of(source, options))
     _check(request)
     configs = [_config(request, choice, request.seeds[0]) for choice in request.methods]
-    opened, tokenizer = resolve_with_tokenizer(source, options, tokenizer)
+    opened, tokenizer = resolve_with_tokenizer(source, options, None)
     streams = read_streams(request.evaluation, tokenizer)
     with meter.stage(LOAD):
         loaded = open_model(opened, options, tokenizer)
@@ -96,8 +90,6 @@ def compare(
 
 def _check(request: CompareRequest) -> None:
     check_request(request.evaluation)
-    if not request.methods or not request.seeds or not request.restorations:
-        raise ConfigurationError("nothing to compare was given", "Specify methods, ratios and seeds")
     strange = [ratio for ratio in request.task_ratios or () if ratio not in request.config.pruning_ratios]
     if strange:
         raise ConfigurationError(
