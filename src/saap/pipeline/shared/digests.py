@@ -28,7 +28,8 @@ def tree_digest(path: Path) -> str:
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
-            _add_content(digest, file)
+            with file.open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 
@@ -37,16 +38,7 @@ def weights_digest(resolved: ResolvedModel) -> str:
     names = (
         [resolved.gguf_file] if resolved.gguf_file else sorted(f.name for f in resolved.folder.glob("*.safetensors"))
     )
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode())
-        _add_content(digest, resolved.folder / name)
-    return digest.hexdigest()
-
-
-def _add_content(digest: hashlib._Hash, file: Path) -> None:
-    with file.open("rb") as stream:
-        hashlib.file_digest(stream, lambda: digest)
+    return digest_of([[name, tree_digest(resolved.folder / name)] for name in names])
 
 
 def model_digest(resolved: ResolvedModel) -> str:
