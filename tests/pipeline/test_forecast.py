@@ -143,10 +143,11 @@ def test_weights_that_do_not_fit_are_not_read(source: Path, monkeypatch: pytest.
     ],
 )  # fmt: skip
 def test_offloading_is_suggested_where_it_is_possible(
-    source: Path, settings: dict[str, Any], free: int, suggested: bool
+    source: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], free: int, suggested: bool
 ) -> None:
+    monkeypatch.setattr(memory, "of_machine", lambda: free)
     config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS, **settings)
-    remedy = memory_limit.offloading_remedy(source, config, RunOptions(), 0, free)
+    remedy = memory_limit.offloading_remedy(source, config, RunOptions())
     assert remedy.startswith("Leave out --dry-run, and use --max-memory ") is suggested
 
 

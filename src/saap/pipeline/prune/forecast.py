@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -149,10 +149,10 @@ def _tokens(run: Run) -> dict[Stage, float]:
     return found
 
 
-def check_fits(found: Forecast, run: Run, smaller: Callable[[int], str] = lambda free: SMALLER) -> None:
+def check_fits(found: Forecast, run: Run, smaller: str = SMALLER) -> None:
     """Raise ConfigurationError or OutputError if the run needs more memory or disk than there is, with the remedy.
 
-    smaller: the remedy if the memory of the machine is too small for the weights, by the free bytes.
+    smaller: the remedy if the memory of the machine is too small for the weights.
     """
     made = (stages.CUT.title, stages.RESTORE.title)
     results = [stage.disk_bytes for stage in found.stages if stage.name.startswith(made)]
@@ -168,13 +168,10 @@ def check_fits(found: Forecast, run: Run, smaller: Callable[[int], str] = lambda
         lacking, each = worst.peak_resident_bytes - free, found.bytes_per_refit_token
         fewer = (found.refit_tokens - int(lacking / each) - 1) // 1024 * 1024 if each else 0
         remedy = f"Use --refit-tokens {fewer}" if fewer >= 1024 else "Use --no-restore"
-    needed = worst.peak_resident_bytes
-    _require(f"The stage {worst.name!r}", needed, free, remedy or (smaller(free) if needed > free else ""))
+    _require(f"The stage {worst.name!r}", worst.peak_resident_bytes, free, remedy or smaller)
 
 
-def check_weights_fit(
-    source: str | Path, options: RunOptions, smaller: Callable[[int], str] = lambda free: SMALLER
-) -> None:
+def check_weights_fit(source: str | Path, options: RunOptions, smaller: str = SMALLER) -> None:
     """Raise ConfigurationError, before they are read, if the weights alone need more memory than there is.
 
     Only for safetensors on the CPU: of other files the size in memory is not known before they are read.
@@ -187,7 +184,7 @@ def check_weights_fit(
     packed = DEQUANTISED.get(resolved.quantisation or "")
     weights = stored * packed if packed else stored // resolved.dtype.itemsize
     needed = weights * working_dtype(device, resolved.dtype).itemsize
-    _require(f"The model {source}", needed, free, smaller(free) if needed > free else "")
+    _require(f"The model {source}", needed, free, smaller)
 
 
 def _require(what: str, needed: int, free: int, remedy: str, where: str = "") -> None:

@@ -16,7 +16,6 @@ from saap.core.records import ModelGraph, digest_of
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
-from saap.models.loading import memory
 from saap.models.loading.devices import quick_float32_products, require_whole_blocks
 from saap.models.loading.pretrained import quiet_transformers
 from saap.models.walk.backend import Backend
@@ -100,11 +99,7 @@ def preview(
     """
     if Processes.found().count > 1:
         raise ConfigurationError("--dry-run tries one process alone", "Start it without torchrun or accelerate launch")
-    used = memory.of_process()
-
-    def smaller(free: int) -> str:
-        return offloading_remedy(source, config, options, used, free) or SMALLER
-
+    smaller = offloading_remedy(source, config, options) or SMALLER
     if options.max_memory is None:
         check_weights_fit(source, options, smaller)
     run = _prepare(source, config, options, reporter, Processes())

@@ -83,25 +83,18 @@ def limits(resolved: ResolvedModel, config: PruneConfig, dtype: torch.dtype, dev
     return base + needs.offloaded, base + needs.spilled
 
 
-def offloading_remedy(
-    source: str | Path | nn.Module, config: PruneConfig, options: RunOptions, used: int, free: int
-) -> str:
-    """The flag with which the run fits into the memory of the CPU, '' if there is none.
-
-    used: bytes of this process before it read weights. free: bytes that the run may take.
-    """
+def offloading_remedy(source: str | Path, config: PruneConfig, options: RunOptions) -> str:
+    """The flag with which the run fits into the memory of the CPU, '' if there is none; before weights are read."""
     device = pick_device(options.device)
-    if isinstance(source, nn.Module) or options.max_memory is not None or device.type != "cpu":
+    if options.max_memory is not None or device.type != "cpu":
         return ""
     try:
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-        skeleton = open_skeleton(resolved, working_dtype(device, resolved.dtype))[0]
-        needs = Needs.of(Sizes.of(skeleton, device), config)
-        _check_possible(config, needs.spilled, "")
+        least, whole = limits(resolved, config, working_dtype(device, resolved.dtype), device)
+        _check_possible(config, whole, "")
     except (ConfigurationError, ModelError):
         return ""
-    least = RESERVE_BYTES + used + needs.offloaded
-    fits = least <= free and not config.prunes_vocabulary
+    fits = least <= memory.of_machine() and not config.prunes_vocabulary
     return f"Leave out --dry-run, and use --max-memory {_gigabytes(least)}" if fits else ""
 
 
