@@ -9,7 +9,6 @@ import runpy
 from pathlib import Path
 
 import pytest
-from experiments.method.boundaries import channel_order, in_order, relative_error
 from experiments.quality import experts
 from experiments.quality.comparison import packed, unpack, unpacked
 from experiments.quality.generation import TASKS, facts
@@ -113,16 +112,3 @@ def test_the_questions_of_the_tasks_are_there():
     for name in TASKS:
         assert all(question.answer and len(question.answer.split()) <= 3 for question in sets[name])
     assert all(len(questions) == 4 for questions in facts(4).values())
-
-
-def test_channels_of_like_size_lose_less_than_mixed_ones():
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    scale = torch.where(torch.arange(64) % 2 == 0, 1.0, 30.0)
-    weight = torch.randn(8, 64, generator=generator) * scale
-    errors = {
-        order: relative_error(weight / scale, in_order(weight, order, 32) / scale) for order in ("natural", "by-size")
-    }
-    assert errors["by-size"] < 0.2 * errors["natural"]
-    assert sorted(channel_order(weight, "random-0").tolist()) == list(range(64))
