@@ -107,14 +107,14 @@ class Trainer:
     def __post_init__(self) -> None:
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, foreach=False
+            list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True
         )
         self._written: dict[int, list[Example]] = {}
         self._bytes_of_token: float | None = None
         self.state: dict[str, Tensor] = dict(self.parameters)  # and the optimizer state, updated in place
         for name, value in self.parameters.items():
             moments = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
-            self.optimizer.state[value] = {"step": torch.zeros(()), **moments}
+            self.optimizer.state[value] = {"step": torch.zeros((), device=value.device), **moments}
             self.state |= {f"{name}/{key}": tensor for key, tensor in self.optimizer.state[value].items()}
 
     def run(self) -> Training:
