@@ -16,7 +16,7 @@ from saap.models.walk.spill import Spill
 from saap.structure_search.plan import make_plan
 from saap.surgery import distillation
 from saap.surgery.cut import cut
-from saap.surgery.distillation import RANK, DistillationText, distill
+from saap.surgery.distillation import RANK, DistillationText, distill, shorter
 from saap.surgery.held_out import MICRO_BATCH, held_out_sequences
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
@@ -156,3 +156,25 @@ def test_vectors_of_a_bfloat16_model_take_steps_that_its_type_cannot_hold() -> N
     teacher = [one.bfloat16() for one in text.teacher]
     before, after = distill(backend, blocks, replace(text, teacher=teacher))
     assert after < before
+
+
+@pytest.mark.parametrize(
+    ("length", "leading", "expected"),
+    [
+        (4, (), [[9, 1, 2], [3, 4, 5], [9, 6, 7], [8, 1, 0]]),
+        (4, (9,), [[9, 1, 2, 3], [9, 4, 5, 6], [9, 6, 7, 8], [9, 1, 0, 2]]),
+        (7, (9,), None),
+        (1, (9,), None),
+    ],
+)
+def test_shorter_sequences_begin_as_the_given_ones(
+    length: int, leading: tuple[int, ...], expected: list[list[int]] | None
+) -> None:
+    given = torch.tensor([[9, 1, 2, 3, 4, 5, 6], [9, 6, 7, 8, 1, 0, 2]])
+    found = shorter(given, length, leading)
+    if expected is None:
+        assert torch.equal(found, given)
+    else:
+        assert found.tolist() == expected
+    assert shorter(given[:0], length, leading).shape[0] == 0
+    assert torch.equal(shorter(given, 4, (8,)), shorter(given, 4, ()))

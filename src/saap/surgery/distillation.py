@@ -37,7 +37,7 @@ DOWN_SCALE, UP_SCALE = 7.0, 0.2
 WARM_UP_STEPS = 3
 SEQUENCES = 4
 """Of a step, at least: the gradient of a single one is mostly noise, of which Adam makes steps of full size."""
-STEPS = 128
+STEPS = 256
 """At most; of more text each step takes more sequences. Those of one micro-batch are the work of one process."""
 BETAS = (0.9, 0.95)
 ROUNDING = 1e-5
@@ -60,6 +60,23 @@ class DistillationText:
     held_out: int
     micro_batch: int
     ignored: Sequence[int] = ()
+
+
+def shorter(tokens: Tensor, length: int, leading: Sequence[int]) -> Tensor:
+    """The same text in sequences of at most `length` tokens, nearly equal ones: (sequences, tokens) ids.
+
+    leading: ids that every sequence begins with, if the given ones do. At most a few tokens of each are left out.
+    """
+    head = torch.tensor(list(leading), dtype=tokens.dtype, device=tokens.device)
+    if not (tokens[:, : len(head)] == head).all():
+        head = head[:0]
+    width = tokens.shape[1] - len(head)
+    if tokens.shape[1] <= length or length <= len(head):
+        return tokens
+    count = -(-width // (length - len(head)))
+    size = width // count
+    body = tokens[:, len(head) :][:, : count * size].reshape(-1, size)
+    return torch.cat([head.expand(len(body), -1), body], dim=1)
 
 
 @torch.no_grad()
