@@ -213,7 +213,6 @@ def recover(
     dense_trust_remote_code: bool = False,
     distillation: float | None = None,
     on_policy: float = 0.0,
-    block_size: int = 128,
     max_seq_length: int = 512,
     bos: bool = True,
     batch_size: int = 1,
@@ -224,8 +223,8 @@ def recover(
     max_steps: int | None = None,
     max_tokens: int | None = None,
     max_minutes: float | None = None,
-    validate_every: int = 240,
-    validation_samples: int = 32,
+    validate_every: int = 60,
+    validation_samples: int = 8,
     patience: int = 5,
     gradient_checkpointing: bool | None = None,
     exact_products: bool = False,
@@ -260,8 +259,7 @@ def recover(
     dense_trust_remote_code: Run code that the dense model's repository ships.
     distillation: Weight of the divergence from the teacher, 0 to 1.
     on_policy: Share of the training, at its end, on what the model writes itself after the data's beginnings.
-    block_size: Tokens per block of plain text.
-    max_seq_length: Tokens of a sequence at most: conversations are cut.
+    max_seq_length: Tokens per block; longer conversations are cut.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.
     batch_size: Sequences per step, over all processes.
     micro_batch_size: Sequences computed at once.

@@ -114,7 +114,7 @@ READERS: list[Callable[[Path], object]] = [
     read_documents,
     read_conversations,
     lambda file: token_stream(read_documents(file, tokenizer=tiny_tokenizer()), tiny_tokenizer()),
-    lambda file: training_data([file], tiny_tokenizer(), block=16, length=16, held_out=1, seed=0),
+    lambda file: training_data([file], tiny_tokenizer(), length=16, held_out=1, seed=0),
 ]
 TOKENIZERS: list[Any] = []
 

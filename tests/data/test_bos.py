@@ -75,12 +75,12 @@ def test_every_token_of_a_text_is_predicted_once_in_windows_that_begin_with_it(w
 
 def test_training_sequences_begin_with_it_and_do_not_learn_it(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefgh" * 100)
-    made = training_data([tmp_path / "a.txt"], LED, block=32, length=32, held_out=1, seed=0)
+    made = training_data([tmp_path / "a.txt"], LED, length=32, held_out=1, seed=0)
     for one in (*made.train, *made.held_out):
         assert one.tokens[0] == BOS
         assert len(one.tokens) <= 32
         assert one.learned.tolist() == [False] + [True] * (len(one.tokens) - 1)
-    old = training_data([tmp_path / "a.txt"], LED, block=32, length=32, held_out=1, seed=0, bos=False)
+    old = training_data([tmp_path / "a.txt"], LED, length=32, held_out=1, seed=0, bos=False)
     assert not any(BOS in one.tokens for one in old.train)
 
 
@@ -92,7 +92,7 @@ def test_conversations_begin_with_it_once(tmp_path: Path, template: str) -> None
     ]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokenizer = byte_tokenizer(chat_template=template, bos=True)
-    for one in training_data([tmp_path / "chat.jsonl"], tokenizer, block=200, length=200, held_out=1, seed=0).train:
+    for one in training_data([tmp_path / "chat.jsonl"], tokenizer, length=200, held_out=1, seed=0).train:
         assert one.tokens.tolist().count(BOS) == 1
         assert one.tokens[0] == BOS
         assert not one.learned[0]

@@ -310,7 +310,7 @@ def test_every_pass_takes_every_example_once() -> None:
 
 def test_blocks_of_plain_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefgh" * 100)
-    made = training_data([tmp_path / "a.txt"], byte_tokenizer(), block=32, length=32, held_out=4, seed=0)
+    made = training_data([tmp_path / "a.txt"], byte_tokenizer(), length=32, held_out=4, seed=0)
     assert (len(made.train), len(made.held_out)) == (23, 2)  # 25 blocks, at most a tenth held back
     assert all(len(one.tokens) == 32 and one.learned.sum() == 31 and not one.learned[0] for one in made.train)
 
@@ -330,7 +330,7 @@ def test_only_answers_are_learned(tmp_path: Path) -> None:
     file = tmp_path / "chat.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
-    made = training_data([file], tokenizer, block=200, length=200, held_out=1, seed=0)
+    made = training_data([file], tokenizer, length=200, held_out=1, seed=0)
     texts = {answers(example, tokenizer) for example in made.train}
     assert len(texts) == 11
     assert all("<|assistant|>So" in text or text.startswith("<|assistant|>") for text in texts)
@@ -345,7 +345,7 @@ def test_instructions_with_and_without_a_chat_template(tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, rows)))
     for template in (None, CHAT_TEMPLATE):
         tokenizer = byte_tokenizer(chat_template=template)
-        made = training_data([file], tokenizer, block=200, length=200, held_out=1, seed=0)
+        made = training_data([file], tokenizer, length=200, held_out=1, seed=0)
         for example in made.train:
             learned, whole = answers(example, tokenizer), tokenizer.decode(example.tokens)
             assert "Add" in whole
@@ -367,13 +367,13 @@ def test_malformed_rows_are_named(tmp_path: Path, content: str, message: str) ->
     file = tmp_path / "rows.jsonl"
     file.write_text(content)
     with pytest.raises(TrainingDataError, match=message):
-        training_data([file], byte_tokenizer(chat_template=CHAT_TEMPLATE), block=64, length=64, held_out=1, seed=0)
+        training_data([file], byte_tokenizer(chat_template=CHAT_TEMPLATE), length=64, held_out=1, seed=0)
 
 
 def test_too_little_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 10)
     with pytest.raises(TrainingDataError, match="1 examples of 64 tokens"):
-        training_data([tmp_path / "a.txt"], byte_tokenizer(), block=64, length=64, held_out=1, seed=0)
+        training_data([tmp_path / "a.txt"], byte_tokenizer(), length=64, held_out=1, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,6 @@ def measure(request: Request, wanted: Names) -> Measured:
 def train(model: str, length: int, steps: int, **chosen: Any) -> tuple[saap.RecoverResult, Values]:
     """One tuning without a teacher, its additional peak memory, and the seconds of its steps."""
     fixed: dict[str, Any] = {"validation_samples": 1, "patience": 0, "distillation": 0.0, "device": "cpu"}
-    fixed["block_size"] = length
     with Peak() as peak:
         done = saap.recover(
             model, max_seq_length=length, **{"validate_every": steps, "max_steps": steps, **fixed, **chosen}
@@ -114,7 +113,7 @@ def weights_on(grid: str, request: Request) -> str:
             train_into(folder, "llama", request.size(TRIAL, SMALL), short=request.quick)
         return str(folder)
     steps, length = request.size(4, 40), request.settings["length"]
-    flags = f"--data mixed --tuning lora --max-steps {steps} --dtype float32 --block-size {length}".split()
+    flags = f"--data mixed --tuning lora --max-steps {steps} --dtype float32 --max-seq-length {length}".split()
     name = f"off-grid-{steps}-{Path(request.model).name}"
     return str(made_by_saap(request, name, "recover", request.model, *flags))
 

@@ -64,30 +64,27 @@ class TrainingData:
 
 
 def training_data(
-    sources: Sequence[str | Path], tokenizer: Any | None, *, block: int, length: int, held_out: int, seed: int,
-    bos: bool = True, kinds: Collection[str] = KINDS,
+    sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held_out: int, seed: int, bos: bool = True,
+    kinds: Collection[str] = KINDS,
 ) -> TrainingData:  # fmt: skip
     """Read all sources, and hold out some examples for validation.
 
-    sources: as `read_documents` takes them (plain text is cut into blocks of `block` tokens that do not overlap), or a
+    sources: as `read_documents` takes them (plain text is cut into blocks of `length` tokens that do not overlap), or a
     .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, with a loss on the answers
-    only. length: longer conversations are cut, and no block is longer. held_out: examples for validation, at most a
-    tenth, at least one. bos: whether sequences begin with the tokenizer's leading ids. kinds: of text that `mixed`
-    stands for.
+    only. length: longer conversations are cut. held_out: examples for validation, at most a tenth, at least one. bos:
+    whether sequences begin with the tokenizer's leading ids. kinds: of text that `mixed` stands for.
     Raises TrainingDataError, CalibrationError.
     """
     if not sources:
         raise TrainingDataError("No training data is given", f"Specify a file with --data, or `{MIXED}`")
-    leading, block = leading_ids(tokenizer, bos=bos), min(block, length)
+    leading = leading_ids(tokenizer, bos=bos)
     examples = [
-        one
-        for source in dict.fromkeys(sources)
-        for one in _examples(source, tokenizer, block=block, length=length, leading=leading, kinds=kinds)
+        one for source in dict.fromkeys(sources) for one in _examples(source, tokenizer, length, leading, kinds)
     ]
     if len(examples) < 2:
         raise TrainingDataError(
-            f"{', '.join(map(str, sources))} provides {len(examples)} examples of {block} tokens",
-            "Give more data, or a smaller --block-size",
+            f"{', '.join(map(str, sources))} provides {len(examples)} examples of {length} tokens",
+            "Give more data, or a smaller --max-seq-length",
         )
     order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
     held_back = max(1, min(held_out, len(examples) // HELD_SHARE))
@@ -100,16 +97,15 @@ def training_data(
 
 
 def _examples(
-    source: str | Path, tokenizer: Any | None, *, block: int, length: int, leading: Sequence[int],
-    kinds: Collection[str],
-) -> list[Example]:  # fmt: skip
+    source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int], kinds: Collection[str]
+) -> list[Example]:
     if has_rows(source):
         first = next(read_rows(Path(source)), None)
         if first is not None and not isinstance(first[1].get("text"), str):
             return _conversations(Path(source), tokenizer, length, leading)
     # The bundled kinds one by one, so that no block spans two of them.
     parts = kinds if source == MIXED else (source,)
-    return [one for kind in parts for one in _blocks(kind, tokenizer, block, leading)]
+    return [block for kind in parts for block in _blocks(kind, tokenizer, length, leading)]
 
 
 def _blocks(source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> Iterator[Example]:

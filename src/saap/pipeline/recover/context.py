@@ -116,8 +116,8 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
 def read_data(config: RecoverConfig, tokenizer: Any | None, kinds: Collection[str] = KINDS) -> TrainingData:
     """The training data of a recovery. kinds: of text in `mixed`. Raises TrainingDataError, CalibrationError."""
     return training_data(
-        config.data, tokenizer, block=config.block_size, length=config.length, held_out=config.validation_samples,
-        seed=config.seed, bos=config.bos, kinds=kinds,
+        config.data, tokenizer, length=config.length, held_out=config.validation_samples, seed=config.seed,
+        bos=config.bos, kinds=kinds,
     )  # fmt: skip
 
 
