@@ -136,7 +136,7 @@ def test_a_result_is_evaluated_as_on_the_cpu(
 
 
 def test_it_writes_the_same_text(small: Path, capsys: pytest.CaptureFixture[str], tolerance: float) -> None:
-    flags = ("--prompt", "The", "--max-tokens", "6", "--temperature", "0.8")
+    flags = ("--prompt", "The", "--max-tokens", "6", "--temperature", "0.8", "--json")
     texts = [command.run(capsys, "generate", small, *flags, "--device", name)[:2] for name in ("auto", "cpu")]
     assert texts[0] == texts[1]
     assert texts[0][0] == 0

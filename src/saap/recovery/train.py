@@ -362,19 +362,19 @@ def _line(point: CurvePoint, validation: float, share: float, training: Training
 
 def kept_bytes(walker: BlockWalker, stream: Stream) -> int:
     """Bytes of the activations that a backward pass through all blocks needs; those of one block exist at a time."""
-    weights = {one.untyped_storage().data_ptr() for one in walker.model.parameters()}
-    kept: dict[int, int] = {}
+    weights = {id(one) for one in walker.model.parameters()}
+    kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        whole = tensor if tensor._base is None else tensor._base
+        kept[id(whole)] = whole
         return tensor
 
     hidden, total = stream.hidden, 0
     for layer in range(len(walker.blocks)):
         with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
             output = walker.run_block(layer, hidden.detach().requires_grad_(), stream.contexts)
-        total += sum(size for start, size in kept.items() if start not in weights)
+        total += sum(one.nbytes for number, one in kept.items() if number not in weights)
         hidden = output.detach()
         kept.clear()
     return total
