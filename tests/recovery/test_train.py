@@ -119,8 +119,7 @@ def test_activations_are_recomputed_if_the_memory_is_short(
     calls = []
     stock = training.checkpoint
     monkeypatch.setattr(training, "checkpoint", lambda *a, **k: calls.append(1) or stock(*a, **k))
-    monkeypatch.setattr(training.memory, "of_process", lambda: 0)
-    monkeypatch.setattr(training.memory, "of_machine", lambda: free)
+    monkeypatch.setattr(training.memory, "free", lambda device: free)
     train(tmp_path, max_steps=1)
     assert bool(calls) == recomputed
 

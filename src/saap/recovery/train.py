@@ -290,8 +290,7 @@ class Trainer:
         tokens = stream.hidden.shape[:2].numel()
         if self._bytes_of_token is None:
             self._bytes_of_token = kept_bytes(self.walker, stream) / tokens
-        free = memory.of_device(self.device) or memory.of_machine() - memory.of_process()
-        return self._bytes_of_token * tokens > LARGEST_SHARE_OF_ACTIVATIONS * free
+        return self._bytes_of_token * tokens > LARGEST_SHARE_OF_ACTIVATIONS * memory.free(self.device)
 
     def _sum_gradients(self) -> None:
         """Sum the gradients of all processes in one exchange."""

@@ -22,6 +22,15 @@ def of_machine() -> int:
     return int(psutil.virtual_memory().available) + of_process()
 
 
+def free(device: torch.device) -> int:
+    """Memory that this process could still take on a device, without what its tensors have there already."""
+    whole = of_device(device)
+    if whole is None:
+        return int(psutil.virtual_memory().available)
+    cuda = device.type == "cuda"
+    return whole - (torch.cuda.memory_allocated(device) if cuda else torch.mps.current_allocated_memory())
+
+
 def of_process() -> int:
     """Resident memory of this process now."""
     return int(psutil.Process().memory_info().rss)
