@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import torch
 from tests.pipeline import tiny
 
 import saap
+from saap.models.loading import memory
 from saap.models.loading.devices import (
     PRIMITIVE_CACHE_CAPACITY,
     computable,
+    multiplied_in,
     quick_float32_products,
     quick_products,
-    rounded_products,
 )
 
 CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
@@ -26,7 +28,7 @@ def test_products_are_rounded_where_the_processor_has_instructions_for_it(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capable: True})
     left, right = torch.rand(64, 64), torch.rand(64, 64)
     for device, rounded in (("cpu", bool(capable)), ("meta", False)):
-        with rounded_products(torch.device(device)):
+        with multiplied_in(quick_products(torch.device(device)), torch.device(device)):
             product = left @ right
         assert (product.dtype == torch.bfloat16) == rounded
         torch.testing.assert_close(product.double(), left.double() @ right.double(), rtol=2e-2, atol=0)
@@ -67,3 +69,15 @@ def test_a_model_object_in_float16_is_computed_in_float32(monkeypatch: pytest.Mo
         assert torch.equal(parameter, expected.model.get_parameter(name)), name
     scores = saap.estimate(given, saap.discover(given), text[:4])
     assert all(np.isfinite(group.element).all() and group.element.any() for group in scores.groups.values())
+
+
+def test_free_memory_is_without_what_the_tensors_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 24))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
+    assert memory.free(torch.device("cuda")) == 13
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 20)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 6)
+    assert memory.free(torch.device("mps")) == 14
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=7))
+    assert memory.free(torch.device("cpu")) == 7

@@ -167,7 +167,6 @@ def quick_float32_products() -> AbstractContextManager[None]:
     return _medium_products(error <= 1e-6 and not torch.cuda.is_available())
 
 
-def rounded_products(device: torch.device) -> AbstractContextManager[None]:
-    """Context in which a CPU with instructions for bfloat16 multiplies matrices in it. Other devices do not."""
-    products = quick_products(device)
+def multiplied_in(products: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
+    """Context in which matrices are multiplied in a type (autocast), None for that of the factors."""
     return nullcontext() if products is None else torch.autocast(device.type, products)

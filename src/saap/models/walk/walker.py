@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
+from saap.models.loading.devices import multiplied_in
 from saap.models.structure.linear import embedding_of
 from saap.models.walk.observer import StopForwardError, hooked
 
@@ -184,7 +185,7 @@ class BlockWalker:
         return after
 
     def _rounding(self, device: torch.device) -> AbstractContextManager[None]:
-        return nullcontext() if self._products is None else torch.autocast(device.type, self._products)
+        return multiplied_in(self._products, device)
 
     def run_blocks(self, stream: Stream) -> Tensor:
         """Output of the last block."""

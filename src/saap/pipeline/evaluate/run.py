@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from saap.evaluation.chat import chat_perplexity, check_conversations
 from saap.evaluation.perplexity import bits_per_byte, perplexity
 from saap.evaluation.speed import Source
 from saap.evaluation.zero_shot import check_tasks, evaluate_tasks
-from saap.models.loading.devices import quick_float32_products, rounded_products
+from saap.models.loading.devices import multiplied_in, quick_float32_products, quick_products
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel
 from saap.models.walk.probe import check_runs
@@ -151,7 +150,8 @@ def requested_perplexity(model: nn.Module, tokenizer: Any | None, request: EvalR
 
 def ask_tasks(model: nn.Module, tokenizer: Any, request: EvalRequest, reporter: Reporter) -> dict[str, TaskResult]:
     """The zero-shot tasks of a request."""
-    with rounded_products(next(model.parameters()).device) if request.rounded else nullcontext():
+    device = next(model.parameters()).device
+    with multiplied_in(quick_products(device) if request.rounded else None, device):
         return evaluate_tasks(
             model, tokenizer, request.tasks, data=request.task_data, limit=request.limit, progress=reporter.advance
         )
