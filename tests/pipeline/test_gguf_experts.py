@@ -109,7 +109,7 @@ def test_several_ratios_are_several_files_and_a_finished_one_is_read(source: Pat
     second = run_prune(source, config, options)
     assert written == [(tmp_path / name).stat().st_mtime_ns for name in names[:4:2]]
     for one, other in zip(first, second, strict=True):
-        assert dataclasses.replace(one, opened=other.opened) == other
+        assert dataclasses.replace(one, opener=other.opener) == other
 
 
 def test_a_size_is_that_of_the_file(source: Path, tmp_path: Path) -> None:

@@ -101,12 +101,12 @@ def keep_tokens(
     are kept if there are no more. Raises TargetError if more are required.
     """
     kept = with_needs(required, needs)
-    asked, size, least = size, size // step * step, -(-len(kept) // step) * step
+    requested, size, least = size, size // step * step, -(-len(kept) // step) * step
     if least > size:
         raise TargetError(
-            f"{len(kept):,} tokens have to stay, which needs {least:,} rows, more than the {asked:,} to keep: single "
-            "bytes or characters, special and added tokens, digits, and the tokens of the chat template and of your "
-            "own text, with what they are built from",
+            f"{len(kept):,} tokens have to stay, which needs {least:,} rows, more than the {requested:,} to keep: "
+            "single bytes or characters, special and added tokens, digits, and the tokens of the chat template and of "
+            "your own text, with what they are built from",
             f"Keep at least {least:,}",
         )
     waiting = [int(token) for token in order if token not in kept]

@@ -50,11 +50,11 @@ def chat_page(speakers: tuple[Speaker, ...], settings: GenerationSettings) -> An
             ]
         question = gr.Textbox(label="Question", placeholder="Enter sends it to every model", autofocus=True)
         reset = gr.Button("New conversation")
-        asked = question.submit(answer, [question, turns], [question, turns, *boxes], show_progress="hidden")
+        submitted = question.submit(answer, [question, turns], [question, turns, *boxes], show_progress="hidden")
         anew = [reset.click, *(box.clear for box in boxes)]  # the bin of one column clears all
         gr.on(
             anew, lambda: ["", empty, *columns(empty)], None, [question, turns, *boxes], show_progress="hidden",
-            cancels=[asked],
+            cancels=[submitted],
         )  # fmt: skip
     return page
 

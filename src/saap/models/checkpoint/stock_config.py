@@ -63,7 +63,7 @@ def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
     if isinstance(last := getattr(config, LAST_EXPERT_LAYER, None), int) and last >= 0:
         end = sum(layer <= last for layer in kept) - 1
         setattr(config, LAST_EXPERT_LAYER, max(0, end))
-        if end < 0:  # all layers with experts are gone
+        if end < 0:  # all layers with experts were removed
             setattr(config, FIRST_EXPERT_LAYER, len(kept))
     config.num_hidden_layers = len(kept)
     if own:  # settings of single layers, by their numbers

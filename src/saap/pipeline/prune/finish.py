@@ -112,8 +112,8 @@ def place_result(
         run.processes.barrier()
     # Weights in files have another place now, and the models of earlier targets must not fill the memory.
     again = path is not None and (offloaded(model) is not None or target is not run.targets[-1])
-    opened = partial(open_result, run, path) if path is not None and again else lambda: model
-    return PruneResult(plan=plan, report=report, path=path, opened=opened)
+    opener = partial(open_result, run, path) if path is not None and again else lambda: model
+    return PruneResult(plan=plan, report=report, path=path, opener=opener)
 
 
 def _load_lines(path: Path, written: Path) -> tuple[str, ...]:
@@ -140,7 +140,7 @@ def read_result(run: Run, target: Target) -> PruneResult:
     report = PruneReport.model_validate(finished_report(run.work, target))
     path = Path(str(target.path))
     plan = read_whole_plan(run, records_of(path) / "plan.json")
-    return PruneResult(plan=plan, report=report, path=path, opened=partial(open_result, run, path))
+    return PruneResult(plan=plan, report=report, path=path, opener=partial(open_result, run, path))
 
 
 def _model_of(made: Made) -> nn.Module:

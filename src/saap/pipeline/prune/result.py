@@ -78,17 +78,17 @@ class PruneReport(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """A pruned model. path: its folder, None if it was not written. opened: gives the model, on first access."""
+    """A pruned model. path: its folder, None if it was not written. opener: gives the model, on first access."""
 
     plan: StructurePlan
     report: PruneReport
     path: Path | None
-    opened: Callable[[], nn.Module] = field(repr=False)
+    opener: Callable[[], nn.Module] = field(repr=False)
 
     @cached_property
     def model(self) -> nn.Module:
         """The pruned model. Of several results in folders, those before the last are read from them by this."""
-        return self.opened()
+        return self.opener()
 
 
 def structure_of(graph: ModelGraph, plan: StructurePlan) -> tuple[LayerStructure, ...]:
