@@ -233,6 +233,25 @@ def test_distillation_equals_its_formula() -> None:
     torch.testing.assert_close(gradient, entry.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("weight", "everything"), [(1.0, True), (0.5, False)])
+def test_the_teacher_alone_has_a_target_for_prompts_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float, everything: bool
+) -> None:
+    seen: list[torch.Tensor] = []
+    stock = training.learned_losses
+
+    def spied(walker: Any, hidden: Any, ids: Any, learned: torch.Tensor, **named: Any) -> Any:
+        if named.get("teacher") is not None:
+            seen.append(learned)
+        return stock(walker, hidden, ids, learned, **named)
+
+    monkeypatch.setattr(training, "learned_losses", spied)
+    train(tmp_path, teacher=build("llama_tied", seed=1).float(), distillation=weight, batch=1, max_steps=3)
+    assert len(seen) == 3
+    assert not any(learned[:, 0].any() for learned in seen)
+    assert all(learned[:, 1:].all() for learned in seen) == everything
+
+
 def test_plain_lora_learns_and_merges(tmp_path: Path) -> None:
     model = build("llama_tied").float()
     handle, parameters = add_lora(model, linears_inside(model, blocks(model)), rank=4, alpha=8, seed=0)

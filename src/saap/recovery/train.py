@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
@@ -205,6 +206,8 @@ class Trainer:
     def _step(self, training: Training) -> tuple[float, float, int]:
         """One optimizer step. Returns its loss, its learning rate and the tokens of all processes."""
         examples = self._examples(training)
+        if self.teacher is not None and self.config.distillation == 1:  # which has a target for prompts too
+            examples = [replace(one, learned=np.arange(len(one.tokens)) > 0) for one in examples]
         predictions = sum(int(example.learned.sum()) for example in examples)
         tokens = sum(len(example.tokens) for example in examples)
         losses = torch.zeros(len(examples), dtype=widest_dtype(self.device), device=self.device)
