@@ -15,13 +15,15 @@ from saap.core.errors import ConfigurationError, NonFiniteLossError, StaleInputE
 from saap.data.training import Example, TrainingData, training_data
 from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linear
 from saap.models.structure.linear import weight_out_in
+from saap.models.walk import activations
+from saap.models.walk.activations import kept_bytes
 from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
 from saap.recovery import train as training
 from saap.recovery.adapter import adapt, add_lora, merge
 from saap.recovery.quantise import quantise, quantise_by_feedback
-from saap.recovery.train import Report, Trainer, Training, kept_bytes, learning_rate, share_done
+from saap.recovery.train import Report, Trainer, Training, learning_rate, share_done
 from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig
 
@@ -119,7 +121,7 @@ def test_activations_are_recomputed_if_the_memory_is_short(
     calls = []
     stock = training.checkpoint
     monkeypatch.setattr(training, "checkpoint", lambda *a, **k: calls.append(1) or stock(*a, **k))
-    monkeypatch.setattr(training.memory, "free", lambda device: free)
+    monkeypatch.setattr(activations.memory, "free", lambda device: free)
     train(tmp_path, max_steps=1)
     assert bool(calls) == recomputed
 

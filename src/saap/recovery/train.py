@@ -14,7 +14,6 @@ import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +22,8 @@ from saap.core.errors import NonFiniteLossError, StaleInputError
 from saap.core.manifest import CurvePoint
 from saap.data.training import Example, TrainingData
 from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
-from saap.models.loading import memory
 from saap.models.loading.precision import widest_dtype
+from saap.models.walk.activations import kept_bytes, most_kept
 from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker, Stream
@@ -34,8 +33,6 @@ from saap.settings.recover import RecoverConfig
 BETAS = (0.9, 0.95)
 STATE, BEST = "state.safetensors", "best.safetensors"
 LEAST_SHARE = 1e-3
-LARGEST_SHARE_OF_ACTIVATIONS = 0.25
-"""Of the free memory, above which activations are recomputed."""
 
 
 def share_done(config: RecoverConfig, steps: int, tokens: int, seconds: float) -> float:
@@ -293,7 +290,7 @@ class Trainer:
         tokens = stream.hidden.shape[:2].numel()
         if self._bytes_of_token is None:
             self._bytes_of_token = kept_bytes(self.walker, stream) / tokens
-        return self._bytes_of_token * tokens > LARGEST_SHARE_OF_ACTIVATIONS * memory.free(self.device)
+        return self._bytes_of_token * tokens > most_kept(self.device)
 
     def _sum_gradients(self) -> None:
         """Sum the gradients of all processes in one exchange."""
@@ -360,26 +357,6 @@ def _line(point: CurvePoint, validation: float, share: float, training: Training
         f"step {point.step}: loss {point.loss:.4f}, validation {validation:.4f}{closed}, {speed:.0f} tokens/s, "
         f"about {left:.0f} s left"
     )
-
-
-def kept_bytes(walker: BlockWalker, stream: Stream) -> int:
-    """Bytes of the activations that a backward pass through all blocks needs; those of one block exist at a time."""
-    weights = {id(one) for one in walker.model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        whole = tensor if tensor._base is None else tensor._base
-        kept[id(whole)] = whole
-        return tensor
-
-    hidden, total = stream.hidden, 0
-    for layer in range(len(walker.blocks)):
-        with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
-            output = walker.run_block(layer, hidden.detach().requires_grad_(), stream.contexts)
-        total += sum(one.nbytes for number, one in kept.items() if number not in weights)
-        hidden = output.detach()
-        kept.clear()
-    return total
 
 
 @torch.no_grad()

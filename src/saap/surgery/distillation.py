@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from transformers.pytorch_utils import Conv1D
 from saap.core.errors import NonFiniteLossError
 from saap.models.loading.precision import at_least_float32, widest_dtype
 from saap.models.structure.linear import linear_modules, weight_out_in
+from saap.models.walk.activations import kept_bytes, most_kept
 from saap.models.walk.backend import Backend
 from saap.models.walk.loss import learned_losses
 from saap.models.walk.observer import hooked
-from saap.models.walk.offload import onload
+from saap.models.walk.offload import offloaded, onload
 from saap.models.walk.spill import Tensors
-from saap.models.walk.walker import BlockWalker, Contexts, inference_only
+from saap.models.walk.walker import BlockWalker, Contexts, gradients, inference_only
 
 LEARNING_RATE = 4e-3
 """Of Adam at its height, times the scale of each parameter."""
@@ -101,12 +102,20 @@ def distill(
         return training.run(on_change)
 
 
+class Recorded(NamedTuple):
+    """The input of a block, with what is trained in it; its output, if the activations are kept."""
+
+    entry: Tensor
+    output: Tensor | None
+    trained: dict[str, Tensor]
+
+
 class _Distillation:
     """One training.
 
     vectors: by block, the names of its one-dimensional parameters. modules: by block, those with an update, by
     path. values: by name, in float32, the vectors and the factors of the updates, which lead where the model's own
-    weights are coarser or in files. scales: of each value.
+    weights are coarser or in files. scales: of each value. kept: whether activations are kept for the backward pass.
     """
 
     def __init__(self, backend: Backend, blocks: Sequence[str], text: DistillationText) -> None:
@@ -116,6 +125,7 @@ class _Distillation:
         self.modules: dict[str, dict[str, nn.Module]] = {}
         self.values: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor | float] = {}
+        self.kept: bool | None = None
         for path, block in zip(self.walker.paths, self.walker.blocks, strict=True):
             onload(self.model, path)
             self._add_vectors(path, block)
@@ -199,27 +209,35 @@ class _Distillation:
         with hooked(hooks, with_kwargs=True):
             yield trained
 
-    def _own(self, rows: range) -> list[tuple[Tensor, Tensor]]:
-        """Ids and dense hidden states of those of the rows that are this process' share, (1, length) each."""
-        text = self.text
-        own = self.processes.share(-(-len(text.tokens) // text.micro_batch))
-        found = []
-        for row in rows:
-            batch, place = divmod(row, text.micro_batch)
+    def _own(self, rows: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids and dense hidden states of those of the rows that are this process' share, by micro-batch."""
+        text, size = self.text, self.text.micro_batch
+        own = self.processes.share(-(-len(text.tokens) // size))
+        for batch in range(rows.start // size, -(-rows.stop // size)):
             if batch in own:
-                hidden = text.teacher[batch - own.start][place : place + 1]
-                found.append((text.tokens[row : row + 1], hidden))
-        return found
+                part = slice(max(rows.start, batch * size), min(rows.stop, (batch + 1) * size))
+                hidden = text.teacher[batch - own.start][part.start - batch * size : part.stop - batch * size]
+                yield text.tokens[part], hidden
 
-    def _forward(self, tokens: Tensor) -> tuple[list[Tensor], Tensor, Contexts]:
-        """The input of each block, the output of the last one, and the blocks' contexts."""
+    def _forward(self, tokens: Tensor, recorded: list[Recorded] | None = None) -> tuple[Tensor, Contexts]:
+        """The output of the last block, and the blocks' contexts. recorded: to be filled for the backward pass."""
         stream = self.walker.start(tokens)
-        hidden, inputs = stream.hidden, []
+        if recorded is not None and self.kept is None:
+            fits = offloaded(self.model) is None and kept_bytes(self.walker, stream) <= most_kept(stream.hidden.device)
+            self.kept = fits
+        hidden = stream.hidden
         for layer in range(len(self.walker.blocks)):
-            inputs.append(hidden)
-            with self._prepared(layer):
-                hidden = self.walker.run_block(layer, hidden, stream.contexts)
-        return inputs, hidden, stream.contexts
+            with self._prepared(layer) as trained:
+                entry = hidden
+                if recorded is None or not self.kept:
+                    hidden = self.walker.run_block(layer, entry, stream.contexts)
+                    output = None
+                else:
+                    entry, output = self.walker.run_recorded(layer, entry, stream.contexts, trained)
+                    hidden = output.detach()
+            if recorded is not None:
+                recorded.append(Recorded(entry, output, trained))
+        return hidden, stream.contexts
 
     def _losses(self, hidden: Tensor, tokens: Tensor, teacher: Tensor, predictions: int) -> tuple[float, Tensor]:
         """Summed divergence of some sequences, and the gradient of its mean over `predictions` at the last block.
@@ -243,13 +261,17 @@ class _Distillation:
         predictions = int(self._learned(self.text.tokens[rows.start : rows.stop])[:, 1:].sum())
         found = {name: torch.zeros_like(value) for name, value in self.values.items()}
         for tokens, teacher in self._own(rows):
-            inputs, hidden, contexts = self._forward(tokens)
+            recorded: list[Recorded] = []
+            hidden, contexts = self._forward(tokens, recorded)
             with torch.enable_grad():
                 _, gradient = self._losses(hidden, tokens, teacher, max(1, predictions))
-            for layer in reversed(range(len(inputs))):
-                with self._prepared(layer) as trained:
-                    entry = inputs.pop()
-                    gradient, of_values = self.walker.backward_to_weights(layer, entry, contexts, gradient, trained)
+            for layer in reversed(range(len(recorded))):
+                entry, output, trained = recorded.pop()
+                if output is not None:
+                    gradient, of_values = gradients(entry, output, gradient, trained)
+                else:
+                    with self._prepared(layer) as trained:
+                        gradient, of_values = self.walker.backward_to_weights(layer, entry, contexts, gradient, trained)
                 for name, one in of_values.items():
                     found[name] += one.to(found[name])
         self.processes.add_up(list(found.values()))
@@ -259,7 +281,7 @@ class _Distillation:
         """Mean divergence over the held-out tokens, of all processes."""
         text, total, count = self.text, 0.0, 0.0
         for tokens, teacher in self._own(range(len(text.tokens) - text.held_out, len(text.tokens))):
-            total += self._losses(self._forward(tokens)[1], tokens, teacher, 1)[0]
+            total += self._losses(self._forward(tokens)[0], tokens, teacher, 1)[0]
             count += int(self._learned(tokens)[:, 1:].sum())
         both = torch.tensor([total, count], dtype=widest_dtype(text.tokens.device), device=text.tokens.device)
         total, count = (float(one) for one in self.processes.total(both))

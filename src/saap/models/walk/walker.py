@@ -60,6 +60,33 @@ def inference_only(model: nn.Module) -> Iterator[None]:
         switch(True)
 
 
+@contextmanager
+def requiring_gradients(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context in which autograd records the use of weights that have no gradients before and after."""
+    try:
+        for parameter in weights.values():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in weights.values():
+            parameter.requires_grad_(False)
+
+
+def gradients(
+    entry: Tensor, output: Tensor, gradient: Tensor, weights: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradients at the input of a block that was run under autograd, and of some of its weights, by name.
+
+    gradient: at its output; like both (sequences, tokens, width). Weight gradients are sums over the sequences; zeros
+    for an unused weight. weights: have no gradients before and after.
+    """
+    with requiring_gradients(weights):
+        result, *found = torch.autograd.grad(
+            output, [entry, *weights.values()], gradient.to(output.device), materialize_grads=bool(weights)
+        )
+    return result, dict(zip(weights, found, strict=True))
+
+
 Contexts = Sequence[Callable[[Tensor], Any]]
 """Calls of the blocks as functions of the hidden states, with all other arguments of the model bound."""
 
@@ -194,27 +221,19 @@ class BlockWalker:
             hidden = self.run_block(index, hidden, stream.contexts)
         return hidden
 
+    def run_recorded(
+        self, index: int, hidden: Tensor, contexts: Contexts, weights: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Input and output of block `index` under autograd, for `gradients`. weights: as there."""
+        with requiring_gradients(weights), torch.enable_grad():
+            entry = hidden.detach().requires_grad_(True)
+            return entry, self.run_block(index, entry, contexts)
+
     def backward_to_weights(
         self, index: int, hidden: Tensor, contexts: Contexts, gradient: Tensor, weights: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients at the input of block `index`, run again under autograd, and of some of its weights, by name.
-
-        hidden: its input; gradient: at its output; both (sequences, tokens, width). Weight gradients are sums over the
-        sequences; zeros for an unused weight. weights: have no gradients before and after.
-        """
-        try:
-            for parameter in weights.values():
-                parameter.requires_grad_(True)
-            with torch.enable_grad():
-                entry = hidden.detach().requires_grad_(True)
-                output = self.run_block(index, entry, contexts)
-                result, *found = torch.autograd.grad(
-                    output, [entry, *weights.values()], gradient.to(output.device), materialize_grads=bool(weights)
-                )
-        finally:
-            for parameter in weights.values():
-                parameter.requires_grad_(False)
-        return result, dict(zip(weights, found, strict=True))
+        """As `gradients`, for block `index`, which is run again. hidden: its input, (sequences, tokens, width)."""
+        return gradients(*self.run_recorded(index, hidden, contexts, weights), gradient, weights)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits from the last block's output. hidden: (sequences, tokens, width).

@@ -1,0 +1,38 @@
+"""Memory of activations that are kept for a backward pass instead of computed again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from saap.models.loading import memory
+from saap.models.walk.walker import BlockWalker, Stream
+
+LARGEST_SHARE = 0.25
+"""Of the free memory, above which activations are recomputed."""
+
+
+def most_kept(device: torch.device) -> float:
+    """Bytes of activations that may be kept."""
+    return LARGEST_SHARE * memory.free(device)
+
+
+def kept_bytes(walker: BlockWalker, stream: Stream) -> int:
+    """Bytes of the activations that a backward pass through all blocks needs; those of one block exist at a time."""
+    weights = {id(one) for one in walker.model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        whole = tensor if tensor._base is None else tensor._base
+        kept[id(whole)] = whole
+        return tensor
+
+    hidden, total = stream.hidden, 0
+    for layer in range(len(walker.blocks)):
+        with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+            output = walker.run_block(layer, hidden.detach().requires_grad_(), stream.contexts)
+        total += sum(one.nbytes for number, one in kept.items() if number not in weights)
+        hidden = output.detach()
+        kept.clear()
+    return total
