@@ -94,6 +94,15 @@ def test_forward_and_backward_equal_a_full_matrix(bits: int, monkeypatch: pytest
     torch.testing.assert_close(inputs.grad, plain.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_the_backward_pass_multiplies_in_the_type_of_the_forward_pass() -> None:
+    weight = quantise(torch.full((8, 32), 1 + 2**-10), group_size=16, bits=4)  # 1 in bfloat16
+    inputs = torch.ones(2, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = groupwise_product(inputs, weight)
+    outputs.backward(torch.ones(2, 8))
+    assert torch.equal(inputs.grad, torch.full((2, 32), 8.0))
+
+
 def test_no_full_matrix_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groupwise, "VALUES_AT_ONCE", 2048)
     weight = quantise(random(512, 128), group_size=32, bits=4)

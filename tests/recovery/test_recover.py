@@ -28,12 +28,14 @@ from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight, l
 from saap.models.loading.pretrained import load_groupwise, load_model, open_skeleton
 from saap.models.loading.references import resolve_model
 from saap.models.structure.linear import weight_out_in
-from saap.pipeline.recover.context import known_kinds
+from saap.pipeline.prune.with_recovery import shared_by
+from saap.pipeline.recover.context import check_processes, known_kinds
 from saap.pipeline.recover.forecast import share_after
+from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Silent
 from saap.pipeline.shared.tokens import evaluation_sets
 from saap.recovery.quantise import quantise
-from saap.settings.recover import Tuning
+from saap.settings.recover import RecoverConfig, Tuning
 
 QUICK = {"length": 32, "batch": 4, "max_steps": 4, "validate_every": 2, "validation_samples": 2, "rank": 4}
 FLAGS = [
@@ -263,13 +265,13 @@ def test_two_processes_give_the_losses_of_one(dense: Path, text: Path, tmp_path:
         assert torch.allclose(weight.zero, split[path].zero, atol=1e-6)
 
 
-def test_prune_with_recover_runs_all_three_stages(dense: Path, text: Path, tmp_path: Path) -> None:
+def test_prune_with_recover_runs_all_three_stages_in_several_processes(dense: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    done = processes.saap(
-        "prune", dense, "--pruning-ratio", "0.2", "--out", out, "--effort", "fast", "--samples", "4",
+    done, other = processes.saap_in_several(
+        2, "prune", dense, "--pruning-ratio", "0.2", "--out", out, "--effort", "fast", "--samples", "4",
         "--sample-length", "32", "--refit-tokens", "1024", "--recover", text, "--recover-minutes", "0.02", "--json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == other.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["pruned"]["pruning_ratio"] >= 0.2
     assert report["recovered"]["perplexity_before"] == pytest.approx(report["pruned"]["perplexity"])
@@ -277,6 +279,23 @@ def test_prune_with_recover_runs_all_three_stages(dense: Path, text: Path, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
     assert len(read_packed(out)) == 28
     saap.load(out)
+
+
+def test_a_tuning_after_the_pruning_has_a_sequence_for_each_process(text: Path, tmp_path: Path) -> None:
+    plain, options = RecoverConfig(data=(str(text),)), RunOptions(out=tmp_path / "small")
+    assert [shared_by(plain, count).batch for count in (1, 4)] == [1, 4]
+    given = RecoverConfig(data=(str(text),), batch=2)
+    assert shared_by(given, 4) is given
+    with pytest.raises(ConfigurationError, match="--batch-size 2 is less than the 4 processes"):
+        check_processes(given, options, 4)
+
+
+def test_a_kind_that_is_part_of_mixed_is_read_once() -> None:
+    found = [
+        training_data(sources, byte_tokenizer(), length=512, held_out=1, seed=0, kinds=("code", "french"))
+        for sources in (["mixed"], ["mixed", "code"])
+    ]
+    assert len(found[0].train) == len(found[1].train)
 
 
 def test_stages_of_other_weights_and_texts_are_not_taken_up(

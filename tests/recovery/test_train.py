@@ -235,6 +235,23 @@ def test_distillation_equals_its_formula() -> None:
     torch.testing.assert_close(gradient, entry.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_packed_weights_are_no_activations() -> None:
+    model = quantised()
+    walker = BlockWalker(model, blocks(model))
+    counted = [kept_bytes(walker, walker.start(token_ids(1, length))) for length in (8, 16)]
+    assert counted[1] >= 1.9 * counted[0]
+
+
+def test_the_last_step_of_a_trial_writes_nothing_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "continued", None)
+    model = quantised()
+    trainer = Trainer(
+        BlockWalker(model, blocks(model)), adapt(model, rank=4, alpha=4, seed=0), data(),
+        RecoverConfig(**{**SETTINGS, "max_steps": 2}), folder=tmp_path, processes=Processes(), report=SILENT,
+    )  # fmt: skip
+    assert trainer.seconds_of_token() > 0
+
+
 @pytest.mark.parametrize(("weight", "everything"), [(1.0, True), (0.5, False)])
 def test_the_teacher_alone_has_a_target_for_prompts_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float, everything: bool

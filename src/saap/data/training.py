@@ -1,4 +1,4 @@
-"""Training examples: plain text in blocks, and conversations with a loss on the answers only."""
+"""Training examples: plain text in blocks, and conversations, whose answers are learned."""
 
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ def training_data(
     """Read all sources, and hold out some examples for validation.
 
     sources: as `read_documents` takes them (plain text is cut into blocks of `length` tokens that do not overlap), or a
-    .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, with a loss on the answers
-    only. length: longer conversations are cut. held_out: examples for validation, at most a tenth, at least one. bos:
-    whether sequences begin with the tokenizer's leading ids. kinds: of text that `mixed` stands for.
+    .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, of which the answers are
+    learned. length: longer conversations are cut. held_out: examples for validation, at most a tenth, at least
+    one. bos: whether sequences begin with the tokenizer's leading ids. kinds: of text that `mixed` stands for.
     Raises TrainingDataError, CalibrationError.
     """
     if not sources:
         raise TrainingDataError("No training data is given", f"Specify a file with --data, or `{MIXED}`")
     leading = leading_ids(tokenizer, bos=bos)
-    examples = [
-        one for source in dict.fromkeys(sources) for one in _examples(source, tokenizer, length, leading, kinds)
-    ]
+    # the bundled kinds one by one, so that no block spans two of them, and each once
+    parts = dict.fromkeys(part for source in sources for part in (kinds if source == MIXED else (source,)))
+    examples = [one for part in parts for one in _examples(part, tokenizer, length, leading)]
     if len(examples) < 2:
         raise TrainingDataError(
             f"{', '.join(map(str, sources))} provides {len(examples)} examples of {length} tokens",
@@ -96,16 +96,12 @@ def training_data(
     )
 
 
-def _examples(
-    source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int], kinds: Collection[str]
-) -> list[Example]:
+def _examples(source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> list[Example]:
     if has_rows(source):
         first = next(read_rows(Path(source)), None)
         if first is not None and not isinstance(first[1].get("text"), str):
             return _conversations(Path(source), tokenizer, length, leading)
-    # The bundled kinds one by one, so that no block spans two of them.
-    parts = kinds if source == MIXED else (source,)
-    return [block for kind in parts for block in _blocks(kind, tokenizer, length, leading)]
+    return list(_blocks(source, tokenizer, length, leading))
 
 
 def _blocks(source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> Iterator[Example]:

@@ -28,10 +28,10 @@ def continued(
 ) -> list[Example]:
     """The examples with another end: what the model writes after their beginnings, sampled at temperature 1.
 
-    A beginning is the prompt of a conversation, or 32 tokens of a text. What is written has a loss, up to the first of
-    the end-of-text tokens `ends`. length: tokens of a sequence at most. Examples whose beginning takes more than half
-    of it, or all of the example, stay as they are. Source: on-policy distillation of Agarwal et al. 2024 (GKD), with
-    all sequences written by the model.
+    A beginning is the prompt of a conversation, or 32 tokens of a text. What is written ends with the first of the
+    end-of-text tokens `ends`; the teacher has a target for all of it. length: tokens of a sequence at most. Examples
+    whose beginning takes more than half of it, or all of the example, stay as they are. Source: on-policy distillation
+    of Agarwal et al. 2024 (GKD), with all sequences written by the model.
     """
     beginnings = [one.tokens[: one.prompt or BEGINNING] for one in examples]
     places = [
@@ -58,8 +58,8 @@ def continued(
 
 
 def _joined(beginning: IntArray, written: IntArray, ends: Collection[int]) -> Example:
-    """A beginning and what follows it until an end-of-text token, which is learned too."""
+    """A beginning and what follows it, with the first end-of-text token."""
     places = np.flatnonzero(np.isin(written, list(ends)))
     kept = written[: int(places[0]) + 1] if len(places) else written
     tokens = np.concatenate([beginning, kept]).astype(np.int64)
-    return Example(tokens, np.arange(len(tokens)) >= len(beginning), prompt=len(beginning))
+    return Example(tokens, np.arange(len(tokens)) > 0, prompt=len(beginning))

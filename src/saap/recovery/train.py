@@ -108,7 +108,7 @@ class Trainer:
             list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True
         )
         self._written: dict[int, list[Example]] = {}
-        self._bytes_of_token: float | None = None
+        self._kept = 0, 0  # the most tokens so far of a micro-batch, and the bytes that its activations take
         self.state: dict[str, Tensor] = dict(self.parameters)  # and the optimizer state, updated in place
         for name, value in self.parameters.items():
             moments = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
@@ -231,7 +231,8 @@ class Trainer:
     def _examples(self, training: Training) -> list[Example]:
         """The examples of this step; in the last part of the training, with what the model itself writes."""
         step, config = training.step, self.config
-        if share_done(config, step, training.tokens, training.seconds) < 1 - config.on_policy:
+        done = share_done(config, step, training.tokens, training.seconds)
+        if not config.on_policy or done < 1 - config.on_policy:
             return self._read(step)
         if not training.on_policy:
             training.on_policy, training.validation, training.without_best = True, float("inf"), 0
@@ -288,9 +289,9 @@ class Trainer:
         if self.config.shard:  # all processes have to read the weights equally often
             return True
         tokens = stream.hidden.shape[:2].numel()
-        if self._bytes_of_token is None:
-            self._bytes_of_token = kept_bytes(self.walker, stream) / tokens
-        return self._bytes_of_token * tokens > most_kept(self.device)
+        if tokens > self._kept[0]:
+            self._kept = tokens, kept_bytes(self.walker, stream)
+        return self._kept[1] > most_kept(self.device)
 
     def _sum_gradients(self) -> None:
         """Sum the gradients of all processes in one exchange."""

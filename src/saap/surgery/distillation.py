@@ -7,7 +7,7 @@ Trained are the one-dimensional parameters of the blocks (norm scales, biases) a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -157,7 +157,9 @@ class _Distillation:
         """Train, and keep what is better."""
         rows = len(self.text.tokens) - self.text.held_out
         each = max(SEQUENCES, -(-rows // STEPS))
-        steps = [range(first, min(first + each, rows)) for first in range(0, rows, each)]
+        count = -(-rows // each)
+        # strided, as each process has the dense hidden states of sequences that follow each other
+        steps = [range(first, rows, count) for first in range(count)]
         start = dict(self.values)
         before = self._divergence()
         if not math.isfinite(before):
@@ -209,15 +211,15 @@ class _Distillation:
         with hooked(hooks, with_kwargs=True):
             yield trained
 
-    def _own(self, rows: range) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids and dense hidden states of those of the rows that are this process' share, by micro-batch."""
+    def _own(self, rows: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids and dense hidden states of those of the rows that are this process' share, a micro-batch at a time."""
         text, size = self.text, self.text.micro_batch
-        own = self.processes.share(-(-len(text.tokens) // size))
-        for batch in range(rows.start // size, -(-rows.stop // size)):
-            if batch in own:
-                part = slice(max(rows.start, batch * size), min(rows.stop, (batch + 1) * size))
-                hidden = text.teacher[batch - own.start][part.start - batch * size : part.stop - batch * size]
-                yield text.tokens[part], hidden
+        batches = self.processes.share(-(-len(text.tokens) // size))
+        own = [row for row in rows if row // size in batches]
+        for first in range(0, len(own), size):
+            part = own[first : first + size]
+            hidden = [text.teacher[row // size - batches.start][row % size] for row in part]
+            yield text.tokens[part], torch.stack(hidden)
 
     def _forward(self, tokens: Tensor, recorded: list[Recorded] | None = None) -> tuple[Tensor, Contexts]:
         """The output of the last block, and the blocks' contexts. recorded: to be filled for the backward pass."""
@@ -258,7 +260,7 @@ class _Distillation:
 
     def _gradients(self, rows: range) -> dict[str, Tensor]:
         """Gradients of the values by the mean divergence over the tokens of some sequences, of all processes."""
-        predictions = int(self._learned(self.text.tokens[rows.start : rows.stop])[:, 1:].sum())
+        predictions = int(self._learned(self.text.tokens[list(rows)])[:, 1:].sum())
         found = {name: torch.zeros_like(value) for name, value in self.values.items()}
         for tokens, teacher in self._own(rows):
             recorded: list[Recorded] = []

@@ -129,6 +129,8 @@ class _GroupwiseProduct(torch.autograd.Function):
         kept = inputs if by_scale else pooled(inputs, group_size) if by_zero else None
         ctx.save_for_backward(packed, scale, zero, kept)
         ctx.layout = bits, group_size
+        kind = inputs.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         flat = inputs.reshape(-1, inputs.shape[-1])
         outputs = flat.new_empty(len(flat), len(scale))
         for rows, values in _row_chunks(GroupwiseWeight(packed, scale, zero, bits, group_size), inputs.dtype):
@@ -145,16 +147,18 @@ class _GroupwiseProduct(torch.autograd.Function):
         kept = flat if kept is None else kept.reshape(len(flat), -1)
         by_inputs = flat.new_zeros(len(flat), weight.shape[1])
         by_scale, by_zero = torch.empty_like(scale), torch.empty_like(zero)
-        for rows, values in _row_chunks(weight, flat.dtype):
-            by_inputs.addmm_(flat[:, rows], values)
-            if needs_scale:
-                by_weight = (flat[:, rows].T @ kept).to(scale.dtype).reshape(-1, *scale.shape[1:], weight.group_size)
-                by_zero[rows] = by_weight.sum(-1)
-                # the sum of dL/dW q over each group, with q = (W - z) / s; 0 where the scale is 0
-                summed = by_weight.mul_(values.view_as(by_weight)).sum(-1) - zero[rows] * by_zero[rows]
-                by_scale[rows] = (summed / scale[rows]).where(scale[rows] != 0, 0.0)
-        if needs_zero and not needs_scale:
-            by_zero = (flat.T.to(kept.dtype) @ kept).to(zero.dtype)
+        device, dtype, enabled = ctx.autocast
+        with torch.autocast(device, dtype, enabled):
+            for rows, values in _row_chunks(weight, flat.dtype):
+                by_inputs += flat[:, rows] @ values
+                if needs_scale:
+                    by_weight = (flat[:, rows].T @ kept).to(scale.dtype).reshape(len(values), -1, weight.group_size)
+                    by_zero[rows] = by_weight.sum(-1)
+                    # the sum of dL/dW q over each group, with q = (W - z) / s; 0 where the scale is 0
+                    summed = by_weight.mul_(values.view_as(by_weight)).sum(-1) - zero[rows] * by_zero[rows]
+                    by_scale[rows] = (summed / scale[rows]).where(scale[rows] != 0, 0.0)
+            if needs_zero and not needs_scale:
+                by_zero = (flat.T.to(kept.dtype) @ kept).to(zero.dtype)
         by_inputs = by_inputs.reshape(*gradients[0].shape[:-1], -1)
         return by_inputs, None, by_scale if needs_scale else None, by_zero if needs_zero else None, None, None
 

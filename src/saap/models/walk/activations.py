@@ -20,7 +20,7 @@ def most_kept(device: torch.device) -> float:
 
 def kept_bytes(walker: BlockWalker, stream: Stream) -> int:
     """Bytes of the activations that a backward pass through all blocks needs; those of one block exist at a time."""
-    weights = {id(one) for one in walker.model.parameters()}
+    weights = {id(one) for one in (*walker.model.parameters(), *walker.model.buffers())}
     kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:

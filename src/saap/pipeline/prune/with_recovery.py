@@ -13,7 +13,7 @@ from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.prune.result import PruneReport
 from saap.pipeline.prune.run import run_prune
-from saap.pipeline.recover.context import read_data
+from saap.pipeline.recover.context import check_processes, check_tuning, read_data
 from saap.pipeline.recover.result import RecoverReport
 from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.digests import model_digest, named_files
@@ -47,6 +47,7 @@ def prune_and_recover(
     files = named_files([settings[0]["plan"], settings[0]["calibration"], settings[1]["data"]])
     same = [settings, files, data.digest, str(source), options.revision, options.dtype, __version__]
     processes.broadcast_result(lambda: work.open(digest_of([*same, model_digest(resolved)])))
+    recovery = shared_by(recovery, processes.count)
     with work.alone(processes):
         pruned = processes.broadcast_result(lambda: work.read_json(PRUNED))
         if pruned is None:
@@ -63,6 +64,12 @@ def prune_and_recover(
     processes.barrier()
     processes.broadcast_result(lambda: work.close(keep=options.keep_work))
     return tuned
+
+
+def shared_by(recovery: RecoverConfig, processes: int) -> RecoverConfig:
+    """The settings with a sequence for each process, unless the batch size was given."""
+    given = "batch" in recovery.model_fields_set
+    return recovery if given or processes == 1 else recovery.model_copy(update={"batch": processes})
 
 
 def check_recovery(
@@ -82,7 +89,10 @@ def check_recovery(
             "Leave out one of them, and use `saap recover` later",
         )
     check_alignment(pruning.align, recovery)
+    count = Processes.found().count
+    check_processes(shared_by(recovery, count), options, count)
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    check_tuning(recovery, resolved)
     return resolved, read_data(recovery, load_tokenizer(resolved))
 
 

@@ -29,7 +29,7 @@ from saap.pipeline.prune.baselines import check_method, for_method, require_own_
 from saap.pipeline.prune.planning import trial_plan
 from saap.pipeline.prune.run import reachable_targets, run_prune
 from saap.pipeline.prune.source_file import folder_experts, stored_bytes
-from saap.pipeline.recover.context import read_data
+from saap.pipeline.recover.context import check_tuning, read_data
 from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.dense_model import manifest_of, resolve_dense
 from saap.pipeline.shared.digests import model_digest, named_files, tree_digest
@@ -82,6 +82,7 @@ def _check_inputs(recipe: Recipe) -> None:
     manifest = manifest_of(resolved) if recipe.prune is None else None  # a model pruned here has none yet
     # a dense model that only a manifest specifies may be missing
     if recipe.recover is not None:
+        check_tuning(recipe.recover, resolved)
         read_data(recipe.recover, load_tokenizer(resolved))
         if recipe.recover.teacher is not None:
             resolve_dense(recipe.recover, manifest)

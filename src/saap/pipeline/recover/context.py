@@ -90,17 +90,13 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     """Check everything that can be checked without the weights. Raises SaapError."""
     if options.out is not None:
         check_output(options.out, 0, overwrite=options.overwrite)
-    if config.tuning is Tuning.LORA:
-        require_peft()
     processes = Processes.found()
     device = processes.device(pick_device(options.device))
-    _check_processes(config, options, processes.count)
+    check_processes(config, options, processes.count)
     meter = Meter(reporter if processes.first else Silent(), device)
     with meter.stage(READ_RECORDS):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-        if config.tuning is Tuning.ROUTER:
-            skeleton = model_without_weights(resolved)
-            find_routers(skeleton, find_blocks(skeleton))
+        check_tuning(config, resolved)
         tokenizer = load_tokenizer(resolved)
         earlier = manifest_of(resolved)
         config, teacher = _with_teacher(config, resolved, earlier, tokenizer, meter)
@@ -128,7 +124,16 @@ def known_kinds(earlier: RunManifest | None) -> Collection[str]:
     return [kind for kind, weight in weights.items() if weight]
 
 
-def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:
+def check_tuning(config: RecoverConfig, resolved: ResolvedModel) -> None:
+    """Raise SaapError if a package or the model lacks what the tuning needs."""
+    if config.tuning is Tuning.LORA:
+        require_peft()
+    if config.tuning is Tuning.ROUTER:
+        skeleton = model_without_weights(resolved)
+        find_routers(skeleton, find_blocks(skeleton))
+
+
+def check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:
     """Raise ConfigurationError for settings that this number of processes does not support."""
     if count > 1 and options.out is None and options.work_dir is None:
         raise ConfigurationError("Several processes need a shared folder", "Specify one with --work-dir or --out")

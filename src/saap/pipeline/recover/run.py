@@ -53,18 +53,23 @@ def run_recover(
     work = WorkFolder(work_path(options))
     run.processes.broadcast_result(lambda: work.open(run.digest))
     with work.alone(run.processes, stages=STATE), quick_float32_products():
+        groupwise = config.tuning is Tuning.GROUPWISE
         dense, before = run.recorded()
+        measured = before is not None
+        if not measured and groupwise:  # and freed before anything else is loaded
+            with run.meter.stage(stages.MEASURE_BEFORE):
+                before = _measure(run, load_model(run.resolved, device=run.device))
         teacher = load_teacher(run)
-        if before is None and teacher is not None:
+        if not measured and teacher is not None:
             with run.meter.stage(stages.MEASURE_TEACHER):
                 dense = _measure(run, teacher)
         teacher = teacher if run.config.distillation else None
         model, handle, parameters = model_to_train(run)
         if before is None:
             with run.meter.stage(stages.MEASURE_BEFORE):
-                before = _measure(run, load_model(run.resolved, device=run.device))
+                before = _measure(run, model)
         quantised = None
-        if config.tuning is Tuning.GROUPWISE:
+        if groupwise:
             with run.meter.stage(stages.MEASURE_QUANTISED):
                 quantised = _measure(run, model)
         trainer = trainer_of(run, model, teacher, parameters, work.path)
@@ -79,10 +84,10 @@ def run_recover(
             model = model if handle is None else handle.merge_and_unload()
             after = _measure(run, model)
         behaviours = {"dense": dense, "before": before, "quantised": quantised, "recovered": after}
-        measured = {name: found for name, found in behaviours.items() if found is not None}
-        report = recovery_report(run, model, training, packed, measured)
+        known = {name: found for name, found in behaviours.items() if found is not None}
+        report = recovery_report(run, model, training, packed, known)
         if options.out is not None and run.processes.first:
-            manifest = recovery_manifest(run, model, training, report, measured)
+            manifest = recovery_manifest(run, model, training, report, known)
             _write(run, model, manifest, packed, options.out)
         run.processes.barrier()
     if run.processes.first:
@@ -162,6 +167,8 @@ def _in_full_precision(config: RecoverConfig, model: nn.Module) -> tuple[Any, di
         found = find_routers if config.tuning is Tuning.ROUTER else weights_inside
         weights = TunedWeights(model, found(model, find_blocks(model)))
         return weights, weights.parameters
+    if not _linears(model):
+        raise _without_linears(model)
     return add_lora(model, _linears(model), rank=config.rank, alpha=config.alpha, seed=config.seed)
 
 
@@ -183,13 +190,17 @@ def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
     """The layers to quantise. Raises SaapError if the settings do not fit them."""
     sizes = _linears(model)
     if not sizes:
-        raise ModelError(
-            f"{type(model).__name__} has no linear layers in its blocks", "Use --tuning lora, or another model"
-        )
+        raise _without_linears(model)
     check_group_sizes(sizes, config.group_size)
     if config.shard:
         check_shardable(model, sizes)
     return tuple(sizes)
+
+
+def _without_linears(model: nn.Module) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} has no linear layers in its blocks", "Use --tuning full, or another model"
+    )
 
 
 def _check_fits(run: Recovery, model: Any) -> None:
