@@ -1,10 +1,8 @@
 """What kinds of tuning win back of the pruned model with the same number of tokens: perplexity, answers, facts."""
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,9 @@ import numpy as np
 from harness.charts import bars
 from harness.digests import MAKING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
-from harness.store import write_json
-from lab.commands import VALIDATION, pruned_folder, timed_saap
+from lab.commands import pruned_folder, timed_saap
 from lab.dense import model_in
-from lab.texts import INSTRUCTIONS, RECORDS, perplexities, texts
+from lab.texts import INSTRUCTIONS, perplexities, texts
 from scipy.optimize import least_squares
 
 from saap.core.manifest import read_manifest
@@ -26,91 +23,62 @@ from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.settings.recover import Tuning
 
 UNREAD = "novel"
-"""The text of whose kind `OWN` has nothing."""
-OWN = "full, own data"
-FOUR_BITS = "full, own data, then groupwise"
+"""The text of whose kind `OTHER_TEXTS` has nothing."""
+OTHER_TEXTS = ["--data", "encyclopaedia", "--data", "conversations", "--data", "speeches"]
+FULL = ["--tuning", "full"]
+ON_POLICY = 0.3
 LONG = "full, 20 minutes"
 """As many tokens as 20 minutes of two cores read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """A run of `saap recover`. flags: of it. tokens: the setting that limits them. start: state that it begins from.
-
-    own: whether the data is as a user gives it: texts of the kinds that are measured, but none like `UNREAD`.
-    """
-
-    flags: Sequence[str]
-    tokens: str = "tokens"
-    start: str = "pruned"
-    own: bool = False
-
-
-GROUPWISE, FULL = ("--tuning", "groupwise"), ("--tuning", "full")
-TUNED: Mapping[str, Tuned] = {
-    "groupwise": Tuned(flags=GROUPWISE),
-    "lora": Tuned(flags=("--tuning", "lora")),
-    "full": Tuned(flags=FULL),
-    LONG: Tuned(flags=FULL, tokens="tokens of 20 minutes"),
-    OWN: Tuned(flags=FULL, tokens="tokens of own data", own=True),
-    FOUR_BITS: Tuned(flags=GROUPWISE, tokens="tokens in 4 bits", start=OWN, own=True),
-    "full, own data, then on-policy": Tuned(
-        flags=(*FULL, "--on-policy", "1"), tokens="tokens in 4 bits", start=OWN, own=True
-    ),
+TUNED: Mapping[str, list[list[str]]] = {
+    "groupwise": [["--tuning", "groupwise"]],
+    "lora": [["--tuning", "lora"]],
+    "full": [FULL],
+    "full, on-policy": [[*FULL, "--on-policy", str(ON_POLICY)]],
+    "full, then groupwise": [FULL, ["--tuning", "groupwise"]],
+    "full, without novels": [[*FULL, *OTHER_TEXTS]],
+    LONG: [FULL],
 }
-MAIN = ("groupwise", "full", LONG, OWN, FOUR_BITS)
+"""The flags of each run of `saap recover`, which share the tokens equally."""
+MAIN = ("groupwise", "full", LONG)
 CELLS = ["dense", "pruned", *MAIN]
 EXTRA = [name for name in TUNED if name not in MAIN]
 OPTIONS = INSTRUCTIONS
 SETTINGS = {
-    "model": "{model}", "preset": "default", "tokens": Scaled(128, 80_000),
-    "tokens of 20 minutes": Scaled(256, 240_000), "tokens of own data": Scaled(256, 200_000),
-    "tokens in 4 bits": Scaled(128, 40_000), "own records": 1000,
+    "model": "{model}", "preset": "fast", "tokens": Scaled(128, 80_000), "tokens of 20 minutes": Scaled(256, 180_000),
     "measured tokens": Scaled(512, 4096), "prompts": BUNDLED, "written tokens": Scaled(8, 128),
     "open prompts": Scaled(1, 12), "facts": Scaled(2, 32), "pruning ratio": 0.2,
-    "tunings": [f"{name}: {' '.join(run.flags)}, from {run.start}" for name, run in TUNED.items()],
+    "tunings": [f"{name}: {' then '.join(' '.join(flags) for flags in runs)}" for name, runs in TUNED.items()],
 }  # fmt: skip
 DECIDED_BY = MAKING
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Tune the pruned model in each way, with the dense model as teacher; tuned models are kept in the work folder."""
+    """Tune the pruned model in each way, with the dense model as teacher; nothing that is tuned is kept."""
     settings = request.settings
     dense = open_model(request.model, RunOptions(device="cpu"))
+    pruned = pruned_folder(request, "--preset", settings["preset"], name=settings["preset"])
     with tempfile.TemporaryDirectory() as temporary:
-        named = texts(request.given, Path(temporary))
+        folder = Path(temporary)
+        named = texts(request.given, folder)
         for state in wanted:
-            model, found = (Path(request.model), {}) if state == "dense" else made(request, state)
+            model, found = tuned(request, pruned, state, folder) if state in TUNED else (pruned, {})
+            model = Path(request.model) if state == "dense" else model
             measured = perplexities(model, named, most=settings["measured tokens"])
             yield state, {**found, "perplexity": measured, **answers(model_in(model), dense, settings)}
 
 
-def made(request: Request, state: str) -> tuple[Path, Values]:
-    """The folder of a state, and what the tuning cost, if it is tuned; made with what it begins from, if missing."""
-    if state == "pruned":
-        preset = request.settings["preset"]
-        return pruned_folder(request, "--preset", preset, name=preset), {}
-    run = TUNED[state]
-    start, _ = made(request, run.start)
-    out = request.work.resolve() / f"recovered-{state.replace(', ', '-').replace(' ', '-')}"
-    known = out.with_suffix(".json")
-    if not known.is_file():
-        flags = [*run.flags, "--max-tokens", request.settings[run.tokens], *(own_data(request) if run.own else ())]
-        flags += request.size(["--max-seq-length", 64, "--validation-samples", 1], [])
-        report, _, used = timed_saap("recover", start, "--dense", request.model, *flags, "--out", out)
-        write_json(known, {"tokens": report["tokens"], "processor_seconds": used, "curve": curve_of(out)})
-    return out, json.loads(known.read_text())
-
-
-def own_data(request: Request) -> list[str]:
-    """Flags of texts like those that are measured: another split of WikiText-2, speeches, and other instructions."""
-    found = ["--data", VALIDATION, "--data", "speeches"]
-    if "instructions" not in request.given:
-        return found
-    file = request.work.resolve() / "own-instructions.jsonl"
-    rows = Path(request.given["instructions"]).read_text(encoding="utf-8").splitlines(keepends=True)
-    file.write_text("".join(rows[RECORDS : RECORDS + request.settings["own records"]]), encoding="utf-8")
-    return [*found, "--data", str(file)]
+def tuned(request: Request, pruned: Path, state: str, folder: Path) -> tuple[Path, Values]:
+    """The tuned folder, what it cost, and by tokens of the last run the share of the held-out gap that is closed."""
+    tokens, seconds, model, curve = 0, 0.0, pruned, list[tuple[int, float]]()
+    most = request.settings["tokens of 20 minutes" if state == LONG else "tokens"]
+    for number, flags in enumerate(TUNED[state], start=1):
+        limits = ["--max-tokens", most // len(TUNED[state])]
+        limits += request.size(["--max-seq-length", 64, "--validation-samples", 1], [])
+        out = folder / f"{state}-{number}"
+        report, _, used = timed_saap("recover", model, "--dense", request.model, *flags, *limits, "--out", out)
+        tokens, seconds, model = tokens + report["tokens"], seconds + used, out
+        curve = curve_of(out)
+    return model, {"tokens": tokens, "processor_seconds": seconds, "curve": curve}
 
 
 def curve_of(tuned_model: Path) -> list[tuple[int, float]]:
@@ -147,7 +115,7 @@ def summarise(cells: Cells) -> Values:
     ]  # on the way the learning rate is too high to compare
     return {
         "states": {state: cells[state] for state in states}, "closed": shares, "closed_mean": general, "best": best,
-        "unread": UNREAD, "long": LONG, "own": OWN,
+        "unread": UNREAD, "on_policy": ON_POLICY, "long": LONG,
         "ends": ends, "law": fitted(ends), "forecast": LAWS[Tuning.FULL],
         "tokens": cells["full"]["tokens"], "texts": list(cells["dense"]["perplexity"]),
     }  # fmt: skip
