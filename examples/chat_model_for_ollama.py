@@ -26,8 +26,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pruned, tuned = given.output_dir / "pruned", given.output_dir / "tuned"
     # `mixed` calibrates on conversations as well; the chat template of the model is applied to them.
+    # With one size for all layers the file has the family's own architecture, which Ollama knows.
     saap.prune(
-        given.model, pruning_ratio=given.pruning_ratio, preset=given.preset, calibration="mixed", output_dir=pruned
+        given.model,
+        pruning_ratio=given.pruning_ratio,
+        preset=given.preset,
+        calibration="mixed",
+        layout="uniform",
+        output_dir=pruned,
     )
     # Groups of 32 with 4 bits are what q4_1 of llama.cpp holds: the tuned integers are copied as they are.
     saap.recover(pruned, data=["conversations"], group_size=32, bits=4, max_minutes=given.max_minutes, output_dir=tuned)

@@ -181,7 +181,7 @@ def prune(
     element_order: Taylor terms of the element-wise part of `fused`.
     aggregation: How a unit's members combine.
     fusion_scope: Who shares the fusion's uncertainties.
-    restore: Reconstruct the consumers by least squares and tune the norms, or cut only.
+    restore: Reconstruct the consumers by least squares and distil briefly, or cut only.
     merge_experts: Merge removed experts into the kept ones by least squares, in place of dropping them.
     preset: paper: the paper's stages; the others: ours, in little to much time.
     seed: Seed of every random choice.

@@ -23,9 +23,11 @@ from saap.settings.registry import Consumer
 BOTH = (Consumer.TRANSFORMERS, Consumer.LLAMA_CPP)
 
 
-def test_the_card_shows_what_ran(tmp_path: Path) -> None:
+def test_the_card_shows_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {0: tuple(range(64)), 1: tuple(range(32))}
     folder = adaptive_folder(tmp_path, "llama", ffn=kept, attention={})
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)  # as torchrun does, whose process a consumer is not
     opened = check_in_consumers(folder, BOTH, Silent())
     assert [(one.consumer, one.error) for one in opened] == [("transformers", None), ("llama.cpp", None)]
     assert opened[0].written.startswith("The capital of France is")

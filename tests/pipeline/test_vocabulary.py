@@ -51,6 +51,12 @@ def test_the_stock_class_opens_the_result(dense, pruned):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
+def test_its_speed_is_compared_with_the_whole_dense_model(dense, pruned):
+    brief = {"prompt_tokens": 4, "new_tokens": 4, "rounds": 1}
+    found = saap.evaluate(pruned, dense=dense, max_tokens=256, speed=brief).speed
+    assert found.bytes_ratio > 1
+
+
 def test_records_and_card_say_what_was_removed(dense, pruned):
     manifest = json.loads((pruned / "saap" / "manifest.json").read_text())
     rows = tiny.VOCABULARY + 3

@@ -16,7 +16,7 @@ from saap.models.walk.spill import Spill
 from saap.structure_search.plan import make_plan
 from saap.surgery import distillation
 from saap.surgery.cut import cut
-from saap.surgery.distillation import RANK, DistillationText, distill, shorter
+from saap.surgery.distillation import RANK, DistillationText, distill, shorter, split_shorter
 from saap.surgery.held_out import MICRO_BATCH, held_out_sequences
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
@@ -102,6 +102,24 @@ def test_spilled_hidden_states_of_the_teacher_give_the_same(tmp_path: Path) -> N
     assert distill(*first) == pytest.approx(distill(*second), rel=1e-6)
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-6)
+
+
+def test_both_parts_of_a_text_have_sequences_of_one_length() -> None:
+    ids = tokens(rows=6, length=33)
+    ids[:5, 0] = 1  # BOS, which one row lacks
+    first, others = split_shorter(ids, 4, 16, [1])
+    assert (first.shape, others.shape) == ((12, 11), (6, 11))
+    assert torch.equal(torch.cat([first, others]).flatten(), ids.flatten())
+
+
+def test_activations_that_are_computed_again_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, one, *first = pruned("llama", tokens())
+    _, other, backend, blocks, text = pruned("llama", tokens())
+    kept = distill(*first)
+    monkeypatch.setattr(distillation, "kept_bytes", None)
+    assert distill(backend, blocks, replace(text, may_keep=False)) == pytest.approx(kept, rel=1e-6)
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_updates_that_were_merged_predict_what_was_measured_with_them() -> None:

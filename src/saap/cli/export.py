@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
 from saap.settings.export import ExportRequest
-from saap.settings.run import Display, RunOptions, out_flag, result_flag
+from saap.settings.run import Display, RunOptions, out_flag, result_flag, with_name
 from saap.settings.setting import Only, Settings
 
 
@@ -18,7 +18,9 @@ class ExportTarget(Settings):
     """Destination of an exported model."""
 
     out: Annotated[
-        Path | None, out_flag("File or folder to write. [required unless --push]", name="output", metavar="PATH")
+        Path | None,
+        AfterValidator(with_name),
+        out_flag("File or folder to write. [required unless --push]", name="output", metavar="PATH"),
     ] = None
     push: Annotated[str | None, result_flag("Upload the folder MODEL to the hub unchanged.", metavar="OWNER/NAME")] = (
         None

@@ -30,8 +30,8 @@ _POINTER = "See root cause above"
 """What vLLM says in the process that waits for the one that failed."""
 _ERROR = re.compile(r"\b\w+Error: .+")
 _COMMAND = "saap "
-_QUIET = {"VLLM_LOGGING_LEVEL": "WARNING"}
-"""Environment in which programs log only warnings, so that their last output is their result."""
+_QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "PYTHONDONTWRITEBYTECODE": "1"}
+"""Environment in which programs log only warnings, so that their last output is their result, and leave no files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ def open_in(consumer: Consumer, folder: Path, loading: Loading) -> Opening:
         try:
             done = subprocess.run(
                 [sys.executable, *arguments], cwd=at, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                check=False, timeout=LONGEST_SECONDS, env={**os.environ, **_QUIET},
+                check=False, timeout=LONGEST_SECONDS, env={**_of_one_process(), **_QUIET},
             )  # fmt: skip
             error = None if done.returncode == 0 else _failure(done) or f"exit code {done.returncode}"
             written = _written(done.stdout)
@@ -107,6 +107,12 @@ def open_in(consumer: Consumer, folder: Path, loading: Loading) -> Opening:
         consumer=str(consumer), version=_version(consumer), code=code,
         written=written.replace(place, PATH), error=None if error is None else error.replace(place, PATH),
     )  # fmt: skip
+
+
+def _of_one_process() -> dict[str, str]:
+    """The environment without what torchrun has put there: the program is not one of its processes."""
+    own = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+    return {name: value for name, value in os.environ.items() if not own.fullmatch(name)}
 
 
 def _written(text: str) -> str:

@@ -92,7 +92,8 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         if needs_loader:
             shutil.copyfile(MLX_LOADER, part / MLX_LOADER.name)
         if source.manifest is not None:
-            write_records(part, source.manifest, loading=loading)
+            own = source.manifest.model_copy(update={"opened": ()})  # which programs opened is of the folder
+            write_records(part, own, loading=loading)
             copy_matching(folder / "saap", part / "saap", KEPT_RECORDS)
     done = MlxExport(path=out, bytes=entry_bytes(entries), packed_matrices=len(packed), checked=checked)
     exact = f"{done.packed_matrices} matrices have exactly the integers and scales of `saap recover`"

@@ -291,7 +291,7 @@ class Trainer:
         tokens = stream.hidden.shape[:2].numel()
         if tokens > self._kept[0]:
             self._kept = tokens, kept_bytes(self.walker, stream)
-        return self._kept[1] > most_kept(self.device)
+        return self._kept[1] > most_kept(self.walker, self.processes.count)
 
     def _sum_gradients(self) -> None:
         """Sum the gradients of all processes in one exchange."""

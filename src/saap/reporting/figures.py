@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,18 @@ def words(block: str, **values: Any) -> str:
     return " ".join("".join(template.blocks[block](template.new_context(values))).split())
 
 
+def require_matplotlib() -> None:
+    """Raise EvaluationError if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise EvaluationError("figures need matplotlib, which is not installed", "Run `pip install 'saap[report]'`")
+
+
 @contextmanager
 def _canvas(figure: Figure) -> Iterator[Any]:
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise EvaluationError(
-            "figures need matplotlib, which is not installed", "Run `pip install 'saap[report]'`"
-        ) from error
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
     with rc_context(STYLE):
         canvas = Canvas(figsize=(SIZE[0], figure.height))
         axis = canvas.subplots()

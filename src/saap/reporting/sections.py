@@ -50,12 +50,21 @@ def _labels(measured: Sequence[EvalReport | ModelSpeed]) -> list[str]:
 
 
 def _perplexity_section(found: Mapping[str, Mapping[str, Perplexity]]) -> Section:
-    texts = list(dict.fromkeys(text for values in found.values() for text in values))
+    """Perplexities; where models read a text in other tokens, their bits per byte."""
+    digests: defaultdict[str, set[str]] = defaultdict(set)
+    for text, one in (each for values in found.values() for each in values.items()):
+        digests[text].add(one.text_digest)
+    alike = {text: len(several) == 1 for text, several in digests.items()}
+
+    def cell(text: str, one: Perplexity) -> str:
+        return number(one.value, 2) if alike[text] else number(one.bits_per_byte, 3)
+
     rows = [
-        [model, *(number(values[text].value, 2) if text in values else "" for text in texts)]
+        [model, *(cell(text, values[text]) if text in values else "" for text in alike)]
         for model, values in found.items()
     ]
-    tables = [("Lower is better", (["model", *map(short, texts)], rows))]
+    headings = [short(text) if same else f"{short(text)}, bits/byte" for text, same in alike.items()]
+    tables = [("Lower is better", (["model", *headings], rows))]
     return Section(name="perplexity", title="Perplexity", tables=tables)
 
 

@@ -1,12 +1,12 @@
 """Settings of `saap compare`."""
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from saap.settings.evaluate import EvalRequest
-from saap.settings.prune import MethodChoice, PruneConfig, Ratio
+from saap.settings.prune import MethodChoice, PrunableRole, PruneConfig, Ratio
 from saap.settings.registry import Method
 from saap.settings.setting import Commas, Different, Filled, Flag, Only, Seed, Settings
 
@@ -75,6 +75,12 @@ class CompareRequest(Settings):
         BeforeValidator(lambda given: () if given == "none" else given),
         compared_flag("Run the tasks at these ratios only, or `none`.", metavar="R[,R...]", default="at all"),
     ] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if PrunableRole.VOCABULARY in self.config.roles:
+            raise ValueError("--roles vocabulary is not compared", "Leave vocabulary out")
+        return self
 
     def asks_tasks(self, ratio: float) -> bool:
         """Whether tasks are run on a model pruned by `ratio`."""

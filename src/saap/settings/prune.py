@@ -218,8 +218,8 @@ class PruneConfig(Settings):
     restore: Annotated[
         bool,
         search_flag(
-            "Reconstruct the consumers by least squares and tune the norms, or cut only.",
-            default="restore, baselines not",
+            "Reconstruct the consumers by least squares and distil briefly, or cut only.",
+            default="restore; baselines, paper and tokens alone not",
         ),
     ] = True
     merge_experts: Annotated[

@@ -15,7 +15,7 @@ model_flag = partial(Flag, panel="Model and device")
 output_flag = partial(Flag, panel=OUTPUT)
 
 
-def _with_name(path: Path | None) -> Path | None:
+def with_name(path: Path | None) -> Path | None:
     """The path, absolute where its last part is no name (`.` or `..`): files next to it derive theirs from that."""
     if path is None or path.name not in ("", ".."):
         return path
@@ -35,7 +35,7 @@ class RunOptions(Settings):
 
     out: Annotated[
         Path | None,
-        AfterValidator(_with_name),
+        AfterValidator(with_name),
         out_flag(
             "Folder to write; for `saap prune MODEL.gguf --roles expert` also NAME.gguf.",
             name="output_dir",
@@ -70,4 +70,4 @@ class Display(Settings):
     """Printing options of a command."""
 
     as_json: Annotated[bool, output_flag("Print exactly one JSON object on stdout.", name="json")] = False
-    quiet: Annotated[bool, output_flag("Print no progress.")] = False
+    quiet: Annotated[bool, output_flag("Print no progress, and the result only with --json.")] = False

@@ -53,7 +53,7 @@ class DistillationText:
 
     tokens: (sequences, length) ids. held_out: how many of the last only evaluate. teacher: hidden states after the
     dense model's last block, in micro-batches of `micro_batch` sequences, of this process' share. ignored: ids whose
-    prediction does not count (places of an image).
+    prediction does not count (places of an image). may_keep: whether activations may take free memory.
     """
 
     tokens: Tensor
@@ -61,6 +61,7 @@ class DistillationText:
     held_out: int
     micro_batch: int
     ignored: Sequence[int] = ()
+    may_keep: bool = True
 
 
 def shorter(tokens: Tensor, length: int, leading: Sequence[int]) -> Tensor:
@@ -78,6 +79,13 @@ def shorter(tokens: Tensor, length: int, leading: Sequence[int]) -> Tensor:
     size = width // count
     body = tokens[:, len(head) :][:, : count * size].reshape(-1, size)
     return torch.cat([head.expand(len(body), -1), body], dim=1)
+
+
+def split_shorter(tokens: Tensor, first: int, length: int, leading: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The first sequences and the others, each in `shorter` ones, all of one length."""
+    pieces = shorter(tokens, length, leading)
+    one, other = pieces.tensor_split([first * (len(pieces) // max(1, len(tokens)))])
+    return one, other
 
 
 @torch.no_grad()
@@ -115,7 +123,8 @@ class _Distillation:
 
     vectors: by block, the names of its one-dimensional parameters. modules: by block, those with an update, by
     path. values: by name, in float32, the vectors and the factors of the updates, which lead where the model's own
-    weights are coarser or in files. scales: of each value. kept: whether activations are kept for the backward pass.
+    weights are coarser or in files. scales: of each value. kept: whether activations are kept for the backward pass,
+    None until that is known.
     """
 
     def __init__(self, backend: Backend, blocks: Sequence[str], text: DistillationText) -> None:
@@ -125,7 +134,7 @@ class _Distillation:
         self.modules: dict[str, dict[str, nn.Module]] = {}
         self.values: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor | float] = {}
-        self.kept: bool | None = None
+        self.kept = None if text.may_keep and offloaded(backend.model) is None else False
         for path, block in zip(self.walker.paths, self.walker.blocks, strict=True):
             onload(self.model, path)
             self._add_vectors(path, block)
@@ -225,8 +234,7 @@ class _Distillation:
         """The output of the last block, and the blocks' contexts. recorded: to be filled for the backward pass."""
         stream = self.walker.start(tokens)
         if recorded is not None and self.kept is None:
-            fits = offloaded(self.model) is None and kept_bytes(self.walker, stream) <= most_kept(stream.hidden.device)
-            self.kept = fits
+            self.kept = kept_bytes(self.walker, stream) <= most_kept(self.walker, self.processes.count)
         hidden = stream.hidden
         for layer in range(len(self.walker.blocks)):
             with self._prepared(layer) as trained:

@@ -13,9 +13,14 @@ LARGEST_SHARE = 0.25
 """Of the free memory, above which activations are recomputed."""
 
 
-def most_kept(device: torch.device) -> float:
-    """Bytes of activations that may be kept."""
-    return LARGEST_SHARE * memory.free(device)
+def most_kept(walker: BlockWalker, processes: int) -> float:
+    """Bytes of activations that each of some processes may keep: what fits on each device of the blocks.
+
+    Processes on CPUs share the memory of one machine at worst.
+    """
+    devices = {one.device for block in walker.blocks for one in block.parameters()}
+    free = [memory.free(device) / (processes if device.type == "cpu" else 1) for device in devices]
+    return LARGEST_SHARE * min(free, default=0.0)
 
 
 def kept_bytes(walker: BlockWalker, stream: Stream) -> int:

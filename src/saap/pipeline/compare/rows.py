@@ -46,7 +46,7 @@ class RowStore:
         evaluation = self.request.evaluation
         defaults = {name: EvalRequest.model_fields[name].default for name in _OF_TASKS}
         texts = {name: str(value) for name, value in evaluation.model_copy(update=defaults).model_dump().items()}
-        files = named_files([config, list(evaluation.texts)])
+        files = named_files({**config, "texts": evaluation.texts})
         try:
             WorkFolder(self.folder).open(digest_of([config, texts, graph.digest, *([files] if files else [])]))
         except (OutputError, StaleInputError) as error:

@@ -77,11 +77,12 @@ def evaluate_model(
             dense = dense_run.opened(measured, dense_tokenizer, loaded.tokenizer)
             if request.dense is not None:
                 more["dense"] = dense_run.measure(dense)
+        if request.speed is not None:
+            more["speed"] = run.compare_speeds(request.speed, opened, loaded, dense_ref, dense)
+        if dense is not None:  # the dense model itself from here on has fewer tokens too
             keep_tokens_of(dense.model, vocabulary)
         if request.prompts is not None:
             more["generation"] = run.generate(loaded, dense)
-        if request.speed is not None:
-            more["speed"] = run.compare_speeds(request.speed, opened, loaded, dense_ref, dense)
     return report.model_copy(update=more)
 
 

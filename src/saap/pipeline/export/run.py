@@ -21,7 +21,7 @@ from saap.settings.registry import ExportFormat
 if TYPE_CHECKING:
     from saap.export.gguf.result import GgufExport
 
-_NOT_UPLOADED = [".*", "*.part"]
+_NOT_UPLOADED = [".*", "*/.*", "*.part", "*__pycache__*"]
 
 
 def export_model(

@@ -39,7 +39,7 @@ from saap.pipeline.shared.stages import CUT
 from saap.pipeline.shared.targets import Target, is_file, records_of
 from saap.pipeline.shared.tokens import chooses_units
 from saap.surgery.cut import cut
-from saap.surgery.distillation import DistillationText, distill, shorter
+from saap.surgery.distillation import DistillationText, distill, split_shorter
 from saap.surgery.held_out import MICRO_BATCH, held_out_sequences
 from saap.surgery.reconstruct import Reconstruction, ReconstructionSettings, reconstruct
 
@@ -218,7 +218,7 @@ def _reconstructed(
     tokens, others = tokens[:fitted], tokens[fitted:]
     evaluated = len(others) - min(held_out_sequences(len(others)), EVALUATED_SEQUENCES)
     length = others.shape[1] if run.tokens.refit.inputs else DISTILLED_LENGTH  # images belong to whole sequences
-    taught, held = (shorter(part, length, run.tokens.leading) for part in (others[:evaluated], others[evaluated:]))
+    taught, held = split_shorter(others, evaluated, length, run.tokens.leading)
     others = torch.cat([_shuffled(taught, generator), held])
     backend, digest = _restoring(run, model, 0), digest_of([plan.digest, run.tokens.refit.digest])
     weights = offloaded(model)
@@ -230,7 +230,7 @@ def _reconstructed(
     keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}
     text = DistillationText(
         tokens=others, teacher=done.dense, held_out=len(held), micro_batch=MICRO_BATCH,
-        ignored=run.tokens.refit.ignored,
+        ignored=run.tokens.refit.ignored, may_keep=run.options.max_memory is None and not run.loaded.spills,
     )  # fmt: skip
     return dataclasses.replace(plan, keep=keep), done, text
 

@@ -43,8 +43,7 @@ def prune_and_recover(
     processes.barrier()  # until all processes have checked the existing files
     work = WorkFolder(work_path(options))
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json")]
-    # Only of settings that can be files: other words may be names of files by chance.
-    files = named_files([settings[0]["plan"], settings[0]["calibration"], settings[1]["data"]])
+    files = named_files(settings[0]) | named_files(settings[1])
     same = [settings, files, data.digest, str(source), options.revision, options.dtype, __version__]
     processes.broadcast_result(lambda: work.open(digest_of([*same, model_digest(resolved)])))
     recovery = shared_by(recovery, processes.count)

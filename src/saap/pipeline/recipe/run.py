@@ -39,6 +39,7 @@ from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.targets import plan_targets
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.quantise import check_group_sizes
+from saap.reporting.figures import require_matplotlib
 from saap.reporting.report import build_page, write_page
 from saap.settings.evaluate import EvalRequest
 from saap.settings.export import ExportRequest
@@ -327,7 +328,9 @@ def _pruned(
 
 
 def _check_requests(recipe: Recipe) -> None:
-    """Reject exports without their packages, and evaluations of unknown texts and tasks."""
+    """Reject exports and reports without their packages, and evaluations of unknown texts and tasks."""
+    if recipe.report is not None:
+        require_matplotlib()
     for wanted in recipe.export.values():
         check_packages(wanted)
     for request in recipe.eval.values():

@@ -8,25 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from saap.core.records import digest_of
+from saap.data.texts import DATA_SETS, KINDS, MIXED
 from saap.models.loading.references import ResolvedModel
 
+_FILES = ("calibration", "plan", "data", "texts", "task_data", "prompts", "chat", "dense", "teacher")
+"""Settings that may name files: other words may be names of files by chance."""
 
-def named_files(values: Any) -> dict[str, str]:
-    """Digests of the files and folders in settings, to detect changed texts."""
-    if isinstance(values, Mapping):
-        values = list(values.values())
-    if isinstance(values, list):
-        return {name: digest for value in values for name, digest in named_files(value).items()}
-    if isinstance(values, str) and values and len(values) < 4096 and "\0" not in values and Path(values).exists():
-        return {values: tree_digest(Path(values))}
-    return {}
+
+def named_files(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the files and folders that settings name, to detect changed texts and models."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= named_files(value)
+        elif name in _FILES:
+            several = value if isinstance(value, list | tuple) else [value]
+            found |= {word: tree_digest(Path(word)) for word in map(str, several) if value and _is_there(word)}
+    return found
+
+
+def _is_there(word: str) -> bool:
+    known = word in (MIXED, *KINDS, *DATA_SETS)
+    return not known and len(word) < 4096 and "\0" not in word and Path(word).exists()
 
 
 def tree_digest(path: Path) -> str:
-    """sha256 over the names and contents of a file, or of all files below a folder."""
+    """sha256 over the names and contents of a file, or of all files below a folder.
+
+    Not of hidden files and compiled code, which other programs leave in folders that they open.
+    """
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
+        inside = file.relative_to(path).parts
+        if file.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in inside):
             digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
             with file.open("rb") as stream:
                 hashlib.file_digest(stream, lambda: digest)

@@ -1,0 +1,36 @@
+"""Digests of the inputs of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from saap.pipeline.shared.digests import named_files, tree_digest
+
+
+def test_words_that_are_names_of_files_by_chance_are_not_digested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("saap", "code"):
+        (tmp_path / name).mkdir()
+    for name in ("text.txt", "prompts.txt"):
+        (tmp_path / name).write_text(name)
+    settings = {
+        "method": "saap",
+        "calibration": ["code", "text.txt", "missing.txt"],
+        "speed": {"prompts": "prompts.txt"},
+    }
+    assert sorted(named_files({**settings, "plan": None})) == ["prompts.txt", "text.txt"]
+
+
+def test_what_other_programs_leave_in_a_folder_does_not_change_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = tree_digest(tmp_path)
+    for name in ("__pycache__/code.pyc", ".DS_Store", "saap/.DS_Store"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert tree_digest(tmp_path) == before
+    (tmp_path / "config.json").write_text("[]")
+    assert tree_digest(tmp_path) != before
