@@ -12,11 +12,11 @@ from tests.site.test_shown_commands import words
 
 README = Path(__file__).parents[2] / "README.md"
 LITTLE = ("--num-samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--preset", "fast")
-SMALLER = {"100M": "40k", "6GB": "100GB"}
+SMALLER = {"100M": "40k", "8GB": "100GB"}
 """What does not fit a tiny model, and what does."""
 ROWS = {
     "see time, memory and disk first": "", "reach a size": "", "keep what the model is for": "",
-    "remove half of the blocks' parameters as whole experts": "experts",
+    "remove half of the experts of Qwen3-30B-A3B": "experts",
     "prune a model that does not fit the memory": "",
 }  # fmt: skip
 """Rows that are cheap to carry out, and the model that they need."""
