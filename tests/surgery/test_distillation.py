@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,34 @@ def test_activations_that_are_computed_again_give_the_same(monkeypatch: pytest.M
     assert distill(backend, blocks, replace(text, may_keep=False)) == pytest.approx(kept, rel=1e-6)
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_matrices_are_held_in_the_type_of_the_products_where_that_rounds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results, seen = [], []
+    stock = distillation._Distillation._train
+
+    def watched(training: distillation._Distillation) -> tuple[float, float]:
+        modules = [module for each in training.modules.values() for module in each.values()]
+        seen.append({module.weight.dtype for module in modules})
+        return stock(training)
+
+    monkeypatch.setattr(distillation._Distillation, "_train", watched)
+    for narrow in (True, False):
+        _, model, backend, blocks, text = pruned("llama", tokens())
+        for parameter in model.float().parameters():
+            parameter.data = parameter.data.bfloat16().float()
+        if not narrow:
+            monkeypatch.setattr(distillation._Distillation, "_narrow_matrices", lambda training: nullcontext())
+        text = replace(text, teacher=[hidden.float() for hidden in text.teacher])
+        measured = distill(replace(backend, products=torch.bfloat16), blocks, text)
+        results.append((measured, {name: value.clone() for name, value in model.state_dict().items()}))
+    assert seen == [{torch.bfloat16}, {torch.float32}]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for name, value in results[0][1].items():
+        assert value.dtype is torch.float32
+        assert torch.allclose(value, results[1][1][name], rtol=1e-5, atol=1e-6)
 
 
 def test_updates_that_were_merged_predict_what_was_measured_with_them() -> None:

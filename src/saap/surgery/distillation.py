@@ -129,7 +129,8 @@ class _Distillation:
 
     def __init__(self, backend: Backend, blocks: Sequence[str], text: DistillationText) -> None:
         self.model, self.processes, self.progress = backend.model, backend.processes, backend.progress
-        self.text, self.walker = text, BlockWalker(backend.model, blocks, products=backend.products)
+        self.text, self.products = text, backend.products
+        self.walker = BlockWalker(backend.model, blocks, products=backend.products)
         self.vectors: dict[str, list[str]] = {}
         self.modules: dict[str, dict[str, nn.Module]] = {}
         self.values: dict[str, Tensor] = {}
@@ -163,7 +164,38 @@ class _Distillation:
             self.scales[f"{name}.lora_B"] = float(UP_SCALE * size * math.sqrt(inputs / RANK))
 
     def run(self, on_change: Callable[[], None]) -> tuple[float, float]:
-        """Train, and keep what is better."""
+        """Train, and keep what is better. Returns the divergence before and after."""
+        with self._narrow_matrices():
+            before, after = self._train()
+        if not before:
+            return before, after
+        on_change()
+        for path in self.walker.paths:
+            onload(self.model, path, change=True)
+            self._put_vectors(path)
+            for name, module in self.modules[path].items():
+                weight = weight_out_in(module)
+                update = self.values[f"{name}.lora_B"] @ self.values[f"{name}.lora_A"]
+                weight.copy_(at_least_float32(weight) + update.to(weight.device))
+        return before, after
+
+    @contextmanager
+    def _narrow_matrices(self) -> Iterator[None]:
+        """Matrices in the type of the products where that holds all their values: then no use has to round them."""
+        changed: list[tuple[nn.Parameter, torch.dtype]] = []
+        matrices: list[Any] = [module.weight for modules in self.modules.values() for module in modules.values()]
+        try:
+            for weight in matrices if self.products is not None and offloaded(self.model) is None else ():
+                narrow = weight.detach().to(self.products)
+                if narrow.dtype != weight.dtype and torch.equal(narrow.to(weight.dtype), weight):
+                    changed.append((weight, weight.dtype))
+                    weight.data = narrow
+            yield
+        finally:
+            for weight, dtype in changed:
+                weight.data = weight.data.to(dtype)
+
+    def _train(self) -> tuple[float, float]:
         rows = len(self.text.tokens) - self.text.held_out
         each = max(SEQUENCES, -(-rows // STEPS))
         count = -(-rows // each)
@@ -191,14 +223,6 @@ class _Distillation:
         after = self._divergence()
         if not after < before:  # or not finite
             self.values, after = start, before
-        on_change()
-        for path in self.walker.paths:
-            onload(self.model, path, change=True)
-            self._put_vectors(path)
-            for name, module in self.modules[path].items():
-                weight = weight_out_in(module)
-                update = self.values[f"{name}.lora_B"] @ self.values[f"{name}.lora_A"]
-                weight.copy_(at_least_float32(weight) + update.to(weight.device))
         return before, after
 
     def _put_vectors(self, path: str) -> None:

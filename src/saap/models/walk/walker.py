@@ -157,7 +157,8 @@ class BlockWalker:
         two blocks, or does not run each of them once, in order.
         """
         if not self._checked:
-            self._record(input_ids[:1, :2], to_the_end=True)
+            with self._rounding(input_ids.device):
+                self._record(input_ids[:1, :2], to_the_end=True)
             self._checked = True
         return self._record(input_ids, to_the_end=False)
 
