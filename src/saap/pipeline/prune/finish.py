@@ -19,6 +19,7 @@ from saap.data.texts import UNKNOWN
 from saap.evaluation.perplexity import bits_per_byte, model_logits
 from saap.export.huggingface import write_records
 from saap.export.model_card import load_lines
+from saap.models.loading import memory
 from saap.models.loading.references import read_config
 from saap.models.walk.offload import offloaded, placeholder
 from saap.pipeline.prune.making import Made, changed_folder, made_path, manifest_of_run, open_result, release
@@ -55,6 +56,7 @@ def measure_result(run: Run, target: Target, made: Made) -> Behaviour | None:
             for parameter in model.parameters():  # the run holds it to its end: free its memory, not its shapes
                 parameter.data = placeholder(parameter.shape, parameter.dtype, parameter.device)
         del model
+        memory.give_back()
         shutil.rmtree(changed_folder(run, target), ignore_errors=True)
         made.model = open_result(run, made_path(run, target))
         _check_written(run, target, made.model, expected)

@@ -23,6 +23,7 @@ from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.export.model_card import licence_of
 from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.pruned_structure import PrunedStructure, mark_pruned, structure_of
+from saap.models.loading import memory
 from saap.models.loading.devices import copied, quick_products, spread_over
 from saap.models.loading.pretrained import load, load_offloaded
 from saap.models.loading.references import resolve_model
@@ -180,6 +181,7 @@ def cut_and_restore(
         blocks = run.graph.blocks[: len(run.graph.blocks) - len(plan.dropped_blocks)]
         if run.options.out is not None:  # as files of offloaded weights have them by now
             _round_weights(model, run.loaded.dtype)
+        memory.give_back()
         with run.tokens.images(model):
             # what it writes is no longer what the record of the reconstruction is about
             restored.distillation = distill(_restoring(run, model, 1), blocks, text, lambda: _forget_record(model))

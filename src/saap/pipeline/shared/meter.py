@@ -29,6 +29,7 @@ class Meter:
         name = stage if isinstance(stage, str) else stage.title
         name += f" ({detail})" if detail else ""
         self.reporter.stage(name)
+        memory.give_back()
         memory.reset_peak(self.device)
         start = time.perf_counter()
         yield
