@@ -40,6 +40,8 @@ SEQUENCES = 4
 """Of a step, at least: the gradient of a single one is mostly noise, of which Adam makes steps of full size."""
 STEPS = 256
 """At most; of more text each step takes more sequences. Those of one micro-batch are the work of one process."""
+TOKENS_AT_ONCE = 512
+"""Of a forward, if its sequences are shorter: fewer would not fill the processor, more would take memory."""
 BETAS = (0.9, 0.95)
 ROUNDING = 1e-5
 """A divergence below this, in nats per token, is that of rounding."""
@@ -245,12 +247,13 @@ class _Distillation:
             yield trained
 
     def _own(self, rows: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids and dense hidden states of those of the rows that are this process' share, a micro-batch at a time."""
+        """Ids and dense hidden states of those of the rows that are this process' share, some at a time."""
         text, size = self.text, self.text.micro_batch
         batches = self.processes.share(-(-len(text.tokens) // size))
         own = [row for row in rows if row // size in batches]
-        for first in range(0, len(own), size):
-            part = own[first : first + size]
+        at_once = max(1, TOKENS_AT_ONCE // text.tokens.shape[1])
+        for first in range(0, len(own), at_once):
+            part = own[first : first + at_once]
             hidden = [text.teacher[row // size - batches.start][row % size] for row in part]
             yield text.tokens[part], torch.stack(hidden)
 
