@@ -208,12 +208,6 @@ def test_an_edited_plan_is_carried_out(source: Path, tmp_path: Path) -> None:
     assert sum(p.numel() for p in saap.load(tmp_path / "second").parameters()) == result.plan.parameters
 
 
-def test_an_alignment_that_a_plan_does_not_have_is_refused(source: Path, tmp_path: Path) -> None:
-    saap.prune(source, pruning_ratio=0.2, out=tmp_path / "first", restore=False, **SETTINGS)
-    with pytest.raises(PlanError, match="--align 16 differs from the `align`"):
-        saap.prune(source, plan=tmp_path / "first" / "saap" / "plan.json", **{**SETTINGS, "align": 16})
-
-
 def test_blocks_and_hidden_channels(source: Path, tmp_path: Path) -> None:
     blocks = saap.prune(source, pruning_ratio=0.25, roles=["block"], layout="uniform", out=tmp_path / "b", **SETTINGS)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").config.num_hidden_layers == 3

@@ -137,7 +137,8 @@ class _Distillation:
         self.modules: dict[str, dict[str, nn.Module]] = {}
         self.values: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor | float] = {}
-        self.kept = None if text.may_keep and offloaded(backend.model) is None else False
+        known = {one.device.type for one in backend.model.parameters()} <= {"cpu", "cuda", "mps"}
+        self.kept = None if known and text.may_keep and offloaded(backend.model) is None else False
         for path, block in zip(self.walker.paths, self.walker.blocks, strict=True):
             onload(self.model, path)
             self._add_vectors(path, block)

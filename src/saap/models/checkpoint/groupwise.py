@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -130,7 +131,8 @@ class _GroupwiseProduct(torch.autograd.Function):
         ctx.save_for_backward(packed, scale, zero, kept)
         ctx.layout = bits, group_size
         kind = inputs.device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        known = kind in ("cpu", "cuda", "mps")
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) if known else None
         flat = inputs.reshape(-1, inputs.shape[-1])
         outputs = flat.new_empty(len(flat), len(scale))
         for rows, values in _row_chunks(GroupwiseWeight(packed, scale, zero, bits, group_size), inputs.dtype):
@@ -147,8 +149,7 @@ class _GroupwiseProduct(torch.autograd.Function):
         kept = flat if kept is None else kept.reshape(len(flat), -1)
         by_inputs = flat.new_zeros(len(flat), weight.shape[1])
         by_scale, by_zero = torch.empty_like(scale), torch.empty_like(zero)
-        device, dtype, enabled = ctx.autocast
-        with torch.autocast(device, dtype, enabled):
+        with nullcontext() if ctx.autocast is None else torch.autocast(*ctx.autocast):
             for rows, values in _row_chunks(weight, flat.dtype):
                 by_inputs += flat[:, rows] @ values
                 if needs_scale:

@@ -34,11 +34,6 @@ def read_given_plan(
             f"--layout {config.layout} differs from the layout of {path}, {given.layout}",
             "Leave out --layout, or change `layout` in that file",
         )
-    if "align" in config.model_fields_set and config.align != given.align:
-        raise PlanError(
-            f"--align {config.align} differs from the `align` of {path}, {given.align}",
-            "Leave out --align, or change `align` in that file",
-        )
     _require_scored(path, given, config, graph)
     plan = complete_plan(graph, given, flat_scores(graph))
     if experts is None and plan.layout is Layout.UNIFORM:
