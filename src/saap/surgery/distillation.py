@@ -256,7 +256,7 @@ class _Distillation:
         for first in range(0, len(own), at_once):
             part = own[first : first + at_once]
             hidden = [text.teacher[row // size - batches.start][row % size] for row in part]
-            yield text.tokens[part], torch.stack(hidden)
+            yield torch.stack([text.tokens[row] for row in part]), torch.stack(hidden)
 
     def _forward(self, tokens: Tensor, recorded: list[Recorded] | None = None) -> tuple[Tensor, Contexts]:
         """The output of the last block, and the blocks' contexts. recorded: to be filled for the backward pass."""
@@ -296,7 +296,7 @@ class _Distillation:
 
     def _gradients(self, rows: range) -> dict[str, Tensor]:
         """Gradients of the values by the mean divergence over the tokens of some sequences, of all processes."""
-        predictions = int(self._learned(self.text.tokens[list(rows)])[:, 1:].sum())
+        predictions = int(self._learned(torch.stack([self.text.tokens[row] for row in rows]))[:, 1:].sum())
         found = {name: torch.zeros_like(value) for name, value in self.values.items()}
         for tokens, teacher in self._own(rows):
             recorded: list[Recorded] = []
