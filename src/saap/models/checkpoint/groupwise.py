@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from saap.core.errors import ModelError
 from saap.models.checkpoint.safetensor_files import TensorEntry, open_safetensors, write_tensors
+from saap.models.loading.devices import multiplied_in
 from saap.models.structure.linear import contracted_axis, linear_modules, weight_out_in
 
 PACKED_FILE = "packed.safetensors"
@@ -131,8 +131,8 @@ class _GroupwiseProduct(torch.autograd.Function):
         ctx.save_for_backward(packed, scale, zero, kept)
         ctx.layout = bits, group_size
         kind = inputs.device.type
-        known = kind in ("cpu", "cuda", "mps")
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) if known else None
+        rounds = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        ctx.products = torch.get_autocast_dtype(kind) if rounds else None
         flat = inputs.reshape(-1, inputs.shape[-1])
         outputs = flat.new_empty(len(flat), len(scale))
         for rows, values in _row_chunks(GroupwiseWeight(packed, scale, zero, bits, group_size), inputs.dtype):
@@ -149,7 +149,7 @@ class _GroupwiseProduct(torch.autograd.Function):
         kept = flat if kept is None else kept.reshape(len(flat), -1)
         by_inputs = flat.new_zeros(len(flat), weight.shape[1])
         by_scale, by_zero = torch.empty_like(scale), torch.empty_like(zero)
-        with nullcontext() if ctx.autocast is None else torch.autocast(*ctx.autocast):
+        with multiplied_in(ctx.products, flat.device):
             for rows, values in _row_chunks(weight, flat.dtype):
                 by_inputs += flat[:, rows] @ values
                 if needs_scale:

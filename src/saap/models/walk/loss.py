@@ -80,7 +80,7 @@ def learned_losses(
             log_q = None
             if teacher is not None:
                 with torch.no_grad():
-                    logits = teacher[0].logits(teacher[1][samples[part], places[part]].unsqueeze(0))[0]
+                    logits = teacher[0].logits(teacher[1][samples[part], places[part]].unsqueeze(1))[:, 0]
                 log_q = logits.log_softmax(-1, dtype=torch.float32)
             values, found, vocabulary = _losses_and_gradient(
                 walker, rows[part], targets[part], predictions, log_q=log_q, weight=weight,
@@ -109,10 +109,11 @@ def _losses_and_gradient(
     log p). Its gradient for the logits is p - (1 - weight) onehot - weight q, float32 at least; it reuses the storage
     of the log-softmax.
     """
-    part = hidden.detach().unsqueeze(0).requires_grad_(with_gradient)
+    # sequences of one token: a single one of them all could be longer than the model reads
+    part = hidden.detach().unsqueeze(1).requires_grad_(with_gradient)
     with torch.set_grad_enabled(with_gradient):
         logits = walker.logits(part)
-    log_p = logits.detach()[0].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    log_p = logits.detach()[:, 0].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     index = targets.to(logits.device).unsqueeze(-1)
     losses = -log_p.gather(-1, index).squeeze(-1)
     if log_q is None:
@@ -125,6 +126,6 @@ def _losses_and_gradient(
     slope.scatter_add_(-1, index, torch.full_like(index, -share, dtype=slope.dtype))
     gradient = torch.zeros_like(hidden)
     if with_gradient:
-        (found,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype).unsqueeze(0))
-        gradient = found[0]
+        (found,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype).unsqueeze(1))
+        gradient = found[:, 0]
     return losses, gradient, logits.shape[-1]

@@ -58,7 +58,10 @@ def run_recover(
         measured = before is not None
         if not measured and groupwise:  # and freed before anything else is loaded
             with run.meter.stage(stages.MEASURE_BEFORE):
-                before = _measure(run, load_model(run.resolved, device=run.device))
+                whole = load_model(run.resolved, device=run.device)
+                _check_fits(run, whole)
+                before = _measure(run, whole)
+            del whole
         teacher = load_teacher(run)
         if not measured and teacher is not None:
             with run.meter.stage(stages.MEASURE_TEACHER):
