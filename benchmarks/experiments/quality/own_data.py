@@ -1,10 +1,9 @@
 """What recovery wins back with text of the user's own, from the default: in full precision, then in 4 bits."""
 
 import json
-import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from harness.charts import bars
@@ -12,12 +11,10 @@ from harness.digests import MAKING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from harness.store import write_json
 from lab.commands import VALIDATION, pruned_folder, timed_saap
-from lab.dense import model_in
-from lab.texts import INSTRUCTIONS, RECORDS, perplexities, texts
+from lab.texts import INSTRUCTIONS, RECORDS
 
-from experiments.quality.recovery import answers, closed, curve_of
+from experiments.quality.recovery import curve_of, gap_closed, measured_states
 from saap.evaluation.generation import BUNDLED
-from saap.pipeline.shared.inputs import RunOptions, open_model
 
 UNREAD = "novel"
 """The text of whose kind the data has nothing."""
@@ -55,14 +52,7 @@ DECIDED_BY = MAKING
 
 def measure(request: Request, wanted: Names) -> Measured:
     """Tune the pruned model in each way, with the dense model as teacher; tuned models are kept in the work folder."""
-    settings = request.settings
-    dense = open_model(request.model, RunOptions(device="cpu"))
-    with tempfile.TemporaryDirectory() as temporary:
-        named = texts(request.given, Path(temporary))
-        for state in wanted:
-            model, found = (Path(request.model), {}) if state == "dense" else made(request, state)
-            measured = perplexities(model, named, most=settings["measured tokens"])
-            yield state, {**found, "perplexity": measured, **answers(model_in(model), dense, settings)}
+    return measured_states(request, wanted, partial(made, request))
 
 
 def made(request: Request, state: str) -> tuple[Path, Values]:
@@ -93,14 +83,7 @@ def data(request: Request) -> list[str]:
 
 
 def summarise(cells: Cells) -> Values:
-    states = [state for state in ("dense", "pruned", *TUNED) if state in cells]
-    logs = {state: {name: math.log(value) for name, value in cells[state]["perplexity"].items()} for state in states}
-    shares = {state: closed(logs, state) for state in TUNED if state in cells}
-    return {
-        "states": {state: cells[state] for state in states}, "closed": shares,
-        "closed_mean": {state: sum(each.values()) / len(each) for state, each in shares.items()},
-        "full": FULL, "unread": UNREAD, "texts": list(cells["dense"]["perplexity"]),
-    }  # fmt: skip
+    return {**gap_closed(cells, TUNED), "full": FULL, "unread": UNREAD}
 
 
 def figures(summary: Values) -> Figures:

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,25 @@ DECIDED_BY = MAKING
 
 def measure(request: Request, wanted: Names) -> Measured:
     """Tune the pruned model in each way, with the dense model as teacher; nothing that is tuned is kept."""
-    settings = request.settings
-    dense = open_model(request.model, RunOptions(device="cpu"))
-    pruned = pruned_folder(request, "--preset", settings["preset"], name=settings["preset"])
+    preset = request.settings["preset"]
+    pruned = pruned_folder(request, "--preset", preset, name=preset)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        named = texts(request.given, folder)
+
+        def made(state: str) -> tuple[Path, Values]:
+            return tuned(request, pruned, state, folder) if state in TUNED else (pruned, {})
+
+        yield from measured_states(request, wanted, made)
+
+
+def measured_states(request: Request, wanted: Names, made: Callable[[str], tuple[Path, Values]]) -> Measured:
+    """Perplexities and answers of each state. made: its folder and what it cost, except for the dense model."""
+    settings = request.settings
+    dense = open_model(request.model, RunOptions(device="cpu"))
+    with tempfile.TemporaryDirectory() as temporary:
+        named = texts(request.given, Path(temporary))
         for state in wanted:
-            model, found = tuned(request, pruned, state, folder) if state in TUNED else (pruned, {})
-            model = Path(request.model) if state == "dense" else model
+            model, found = (Path(request.model), {}) if state == "dense" else made(state)
             measured = perplexities(model, named, most=settings["measured tokens"])
             yield state, {**found, "perplexity": measured, **answers(model_in(model), dense, settings)}
 
@@ -105,19 +115,27 @@ def answers(model: Any, dense: Any, settings: Values) -> Values:
 
 
 def summarise(cells: Cells) -> Values:
-    states = [state for state in ("dense", "pruned", *TUNED) if state in cells]
-    logs = {state: {name: math.log(value) for name, value in cells[state]["perplexity"].items()} for state in states}
-    shares = {state: closed(logs, state) for state in TUNED if state in cells}
-    general = {state: sum(each.values()) / len(each) for state, each in shares.items()}
+    common = gap_closed(cells, TUNED)
+    general = common["closed_mean"]
     best = max((state for state in ("groupwise", "lora", "full") if state in general), key=lambda state: general[state])
     ends = [
         cells[state]["curve"][-1] for state in ("full", LONG)
     ]  # on the way the learning rate is too high to compare
     return {
-        "states": {state: cells[state] for state in states}, "closed": shares, "closed_mean": general, "best": best,
-        "unread": UNREAD, "on_policy": ON_POLICY, "long": LONG,
-        "ends": ends, "law": fitted(ends), "forecast": LAWS[Tuning.FULL],
-        "tokens": cells["full"]["tokens"], "texts": list(cells["dense"]["perplexity"]),
+        **common, "best": best, "unread": UNREAD, "on_policy": ON_POLICY, "long": LONG,
+        "ends": ends, "law": fitted(ends), "forecast": LAWS[Tuning.FULL], "tokens": cells["full"]["tokens"],
+    }  # fmt: skip
+
+
+def gap_closed(cells: Cells, tuned: Iterable[str]) -> dict[str, Any]:
+    """The measured states, and the share of the gap that the tuned ones close, by text and on average."""
+    states = [state for state in ("dense", "pruned", *tuned) if state in cells]
+    logs = {state: {name: math.log(value) for name, value in cells[state]["perplexity"].items()} for state in states}
+    found = {state: closed(logs, state) for state in states[2:]}
+    return {
+        "states": {state: cells[state] for state in states}, "closed": found,
+        "closed_mean": {state: sum(one.values()) / len(one) for state, one in found.items()},
+        "texts": list(cells["dense"]["perplexity"]),
     }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.checkpoint.pruned_structure import MLX_LOADER, PrunedStructure, refused_by_vllm, state_structure
 from saap.models.checkpoint.published_names import with_published_names
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, tensors_once, write_tensors
+from saap.models.loading.references import LEGAL_FILES
 from saap.models.walk.offload import offloaded
 
 SHARD_SIZE = "2GB"
@@ -37,7 +38,6 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_prepr
                 "chat_template.json")  # fmt: skip
 # Fields of tokenizer_config.json about this machine.
 _LOCAL_FIELDS = ("vocab_file", "is_local", "local_files_only")
-LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 FOLDER_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja", "*.model",
     "generation_config.json", *LEGAL_FILES,

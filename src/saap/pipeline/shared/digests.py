@@ -15,11 +15,9 @@ _FILES = ("calibration", "plan", "data", "texts", "task_data", "prompts", "chat"
 """Settings that may name files: other words may be names of files by chance."""
 
 
-def named_files(settings: Any) -> dict[str, str]:
+def named_files(settings: Mapping[str, Any]) -> dict[str, str]:
     """Digests of the files and folders that settings name, to detect changed texts and models."""
     found: dict[str, str] = {}
-    if not isinstance(settings, Mapping):
-        return found
     for name, value in settings.items():
         if isinstance(value, Mapping):
             found |= named_files(value)
