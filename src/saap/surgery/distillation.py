@@ -29,6 +29,8 @@ from saap.models.walk.walker import BlockWalker, Contexts, gradients, inference_
 
 LEARNING_RATE = 4e-3
 """Of Adam at its height, times the scale of each parameter."""
+VECTOR_SHARE = 0.15
+"""Of a vector's size that is its scale: every token reads it, so a random step costs far more than one of a matrix."""
 LEAST_SCALE = 0.1
 """A vector of smaller entries is trained as if they had this size: a bias may begin at zero."""
 RANK = 16
@@ -149,7 +151,8 @@ class _Distillation:
         for name in self.vectors[path]:  # together on one device, so that sums do not depend on the placement
             value = at_least_float32(self.model.get_parameter(name).detach())
             self.values[name] = value.to(self.text.tokens.device, copy=True)
-            self.scales[name] = value.square().mean().sqrt().clamp_min(LEAST_SCALE).to(self.values[name])
+            size = value.square().mean().sqrt().clamp_min(LEAST_SCALE)
+            self.scales[name] = (VECTOR_SHARE * size).to(self.values[name])
 
     def _add_updates(self, path: str, block: nn.Module) -> None:
         """Factors A (RANK, in), random, and B (out, RANK), zero: the update B A begins at zero."""
