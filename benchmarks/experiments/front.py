@@ -24,6 +24,7 @@ NAMES = {
     models.SMOLLM2: "SmolLM2-135M", models.GEMMA: "Gemma 3 270M", models.QWEN: "Qwen2.5-Coder 0.5B",
     models.LARGE: "Qwen2.5-Coder 1.5B",
 }  # fmt: skip
+OURS_RUNS = ("default", "fast")
 BASELINE = {"llm-pruner": False, "llm-pruner-restored": True}
 """Runs of `models` with a baseline, and whether it was reconstructed."""
 RECORDING = ROOT / "docs" / "front" / "terminal.cast.gz"
@@ -78,9 +79,9 @@ def _of_gemma(request: Request) -> Iterable[Point]:
 def _of_coders(request: Request) -> Iterable[Point]:
     removed, cells = experiment("quality.models").chosen(request)["pruning ratio"], cells_of("quality.models", request)
     for model in (models.QWEN, models.LARGE):
-        ours = next((cells[f"{model}/{run}"] for run in ("default", "fast") if f"{model}/{run}" in cells), None)
-        if ours is not None:
-            yield Point(model, OURS, True, removed, ours["ratio"]["wikitext2"])
+        preset = _ours(model, cells)
+        if preset is not None:
+            yield Point(model, OURS, True, removed, cells[f"{model}/{preset}"]["ratio"]["wikitext2"])
         for run, restored in BASELINE.items():
             if f"{model}/{run}" in cells:
                 ratio = cells[f"{model}/{run}"]["ratio"]["wikitext2"]
@@ -89,28 +90,32 @@ def _of_coders(request: Request) -> Iterable[Point]:
 
 def front(request: Request) -> dict[str, Any]:
     """What the templates of the front page read."""
-    found = points(request)
-    shown = shown_in(found)
-    removed = experiment("quality.models").chosen(request)["pruning ratio"]
+    at = _at(cells_of("quality.models", request))
+    compared = [row["model"] for row in at]
     return {
-        "points": found, "shown": [NAMES[model] for model in shown],
-        "missing": [name for model, name in NAMES.items() if model not in shown], "removed": removed,
-        "at": [_at(model, found, removed) for model in shown], "runs": _runs(request),
-        "smallest": NAMES[models.SMOLLM2], "session": session(), "coders": [NAMES[models.QWEN], NAMES[models.LARGE]],
+        "points": points(request), "missing": [name for name in NAMES.values() if name not in compared],
+        "removed": experiment("quality.models").chosen(request)["pruning ratio"], "at": at, "runs": _runs(request),
+        "smallest": NAMES[models.SMOLLM2], "session": session(),
+        "earlier": [NAMES[models.SMOLLM2], NAMES[models.GEMMA]],
     }  # fmt: skip
 
 
-def _at(model: str, found: Sequence[Point], removed: float) -> Values:
-    """Ours and the best baseline of one model, as published and with our reconstruction."""
+def _at(cells: Mapping[str, Values]) -> list[Values]:
+    """WikiText-2 of ours and of LLM-Pruner, of each model where both are measured. cells: of `models`."""
+    found: list[Values] = []
+    for model, name in NAMES.items():
+        runs = {run: cells[f"{model}/{run}"]["ratio"]["wikitext2"] for run in models.RUNS if f"{model}/{run}" in cells}
+        if _ours(model, cells) is not None and BASELINE.keys() & runs.keys():
+            baselines = [(restored, runs[run]) for run, restored in BASELINE.items() if run in runs]
+            found.append(
+                {"model": name, "ours": {run: runs[run] for run in OURS_RUNS if run in runs}, "baselines": baselines}
+            )
+    return found
 
-    def best(restored: bool) -> Point | None:
-        theirs = [p for p in found if p.model == model and p.removed == removed and p.restored is restored]
-        return min((p for p in theirs if p.method != OURS), key=lambda point: point.ratio, default=None)
 
-    ours = next(p for p in found if (p.model, p.method, p.restored, p.removed) == (model, OURS, True, removed))
-    sides = {"published": best(False), "restored": best(True)}
-    named = {side: one and {"method": METHODS[one.method], "ratio": one.ratio} for side, one in sides.items()}
-    return {"model": NAMES[model], "removed": removed, "ours": ours.ratio, **named}
+def _ours(model: str, cells: Mapping[str, Any]) -> str | None:
+    """The preset of ours that is measured of a model."""
+    return next((run for run in OURS_RUNS if f"{model}/{run}" in cells), None)
 
 
 def _runs(request: Request) -> list[Values]:
@@ -121,7 +126,7 @@ def _runs(request: Request) -> list[Values]:
     cells = finished_cells(experiment("quality.models"), request)
     found: list[Values] = []
     for model, name in NAMES.items():
-        preset = next((run for run in ("default", "fast") if f"{model}/{run}" in cells), None)
+        preset = _ours(model, cells)
         if preset is not None:
             values, machine = (cells[f"{model}/{preset}"][part] for part in ("values", "environment"))
             found.append({
@@ -129,7 +134,6 @@ def _runs(request: Request) -> list[Values]:
                 "bundled": values["bundled"], "minutes": models.minutes(values),
                 "memory": values["peak_resident_bytes"] / 1e9,
                 "busy": "processor_seconds" not in values and machine["load"] > 1.5 * machine["cores"],
-                "cores": machine["cores"],
             })  # fmt: skip
     return found
 
