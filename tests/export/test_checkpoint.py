@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from tests.export.llama import llama_graph, plan_of, tiny_llama
+from tests.families import build
 from transformers import AutoModelForCausalLM
 
 from saap.baselines.baseline import add_biases
@@ -71,6 +72,15 @@ def written(
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(IDS.to(next(model.parameters()).device), use_cache=False).logits
+
+
+def test_buffers_keep_their_type() -> None:
+    """Corrections of a router differ in digits that 16 bits do not have."""
+    model = build("glm4_moe")
+    entries = stored_entries(model, torch.bfloat16)
+    kept = {name for name, _ in model.named_buffers() if name.endswith("correction_bias")}
+    assert kept
+    assert {name for name, entry in entries.items() if entry.dtype != torch.bfloat16} == kept
 
 
 @pytest.mark.parametrize("tied", [True, False])

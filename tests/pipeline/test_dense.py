@@ -182,6 +182,15 @@ def test_code_is_run_of_the_model_alone_that_it_was_allowed_for(
     assert (mark.exists(), beside["dense"]["parameters"] > beside["parameters"]) == (True, True)
 
 
+def test_a_model_with_code_of_its_own_is_recovered_with_that_code(
+    capsys: pytest.CaptureFixture[str], own_code: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, out = own_code[0], tmp_path / "tuned"
+    code, _, error = run(capsys, "recover", folder, "--out", out, "--data", "novels", *SHORT, "--trust-remote-code")
+    assert (code, (out / "own.py").is_file()) == (0, True), error
+    evaluated(capsys, out, *TEXT, "--trust-remote-code")
+
+
 def test_what_is_said_of_one_model_does_not_hold_for_the_one_that_a_manifest_names(
     capsys: pytest.CaptureFixture[str], small: Path, own_code: tuple[Path, Path], tmp_path: Path
 ) -> None:

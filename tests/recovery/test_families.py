@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.families import FAMILIES, FLOAT32, token_ids
+from tests.families import EVERY, FLOAT32, token_ids
 from tests.recovery.tiny import blocks, build
 
 from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linear
@@ -13,7 +13,7 @@ from saap.recovery.adapter import adapt, merge
 from saap.recovery.quantise import quantise
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_merged_equals_with_adapter(family: str) -> None:
     model = build(family)
     paths = linears_inside(model, blocks(model))

@@ -80,6 +80,11 @@ def test_constant_groups_and_values_that_are_not_finite() -> None:
         quantise(constant, group_size=32, bits=4)
 
 
+def test_weights_beyond_the_scales_of_float16_are_refused() -> None:
+    with pytest.raises(ModelError, match="too large"):
+        quantise(torch.tensor([[2e6, -1e6] * 16]), group_size=32, bits=4)
+
+
 @pytest.mark.parametrize("bits", LEGAL_BITS)
 def test_forward_and_backward_equal_a_full_matrix(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groupwise, "VALUES_AT_ONCE", 3 * 64)  # 3 rows at a time, the last chunk shorter

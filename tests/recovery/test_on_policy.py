@@ -44,6 +44,21 @@ def test_examples_without_room_for_an_answer_stay() -> None:
     assert continued(model, examples[:3], length=96, ends=(), seed=3) == examples[:3]
 
 
+def test_texts_of_short_sequences_begin_with_half_of_one() -> None:
+    (found,) = continued(build("llama_tied").float(), [example(48)], length=48, ends=(), seed=3)
+    assert found.prompt == 24
+    assert len(found.tokens) == 48
+
+
+def test_no_more_sequences_than_allowed_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, together = build("llama_tied").float(), []
+    whole = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: together.append(len(given["input_ids"])) or whole(**given))
+    found = continued(model, [example(80)] * 11, length=96, ends=(), seed=3)
+    assert together == [8, 3]
+    assert len({tuple(one) for one in ids_of(found)}) == 11
+
+
 def test_padding_changes_nothing_that_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The most likely tokens after a beginning are the same alone and beside a longer one."""
     model = build("llama_tied").float()

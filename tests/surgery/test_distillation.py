@@ -12,12 +12,13 @@ from torch import nn
 
 from saap.core.records import Layout
 from saap.discovery import discover
+from saap.models.walk import activations
 from saap.models.walk.backend import Backend
 from saap.models.walk.spill import Spill
 from saap.structure_search.plan import make_plan
 from saap.surgery import distillation
 from saap.surgery.cut import cut
-from saap.surgery.distillation import RANK, DistillationText, distill, shorter, split_shorter
+from saap.surgery.distillation import RANK, DistillationText, distill, shorter, split_shorter, updated_modules
 from saap.surgery.held_out import MICRO_BATCH, held_out_sequences
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
@@ -186,6 +187,23 @@ def test_modules_that_are_no_plain_linear_ones_get_no_update_and_keywords_are_re
     assert after < before
     assert torch.equal(mlp.router.weight, router)
     assert not torch.equal(mlp.gate_proj.weight, gate)
+
+
+@pytest.mark.parametrize("name", ["falcon", "falcon_mqa"])
+def test_linear_modules_with_a_forward_of_their_own_get_updates_if_it_only_multiplies(name: str) -> None:
+    block = build(name).get_submodule("transformer.h.0")
+    assert len(updated_modules(block)) == 4
+
+
+def test_activations_of_the_updates_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(distillation, "kept_bytes", lambda *given: seen.append(activations.kept_bytes(*given)) or 0)
+    _, _, backend, blocks, text = pruned("llama", tokens())
+    distill(backend, blocks, text)
+    walker = backend.walker()
+    size = max(1, distillation.TOKENS_AT_ONCE // text.tokens.shape[1])
+    first = text.tokens[: min(size, distillation.SEQUENCES)]
+    assert seen[0] > activations.kept_bytes(walker, walker.start(first))
 
 
 def test_a_training_that_diverges_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

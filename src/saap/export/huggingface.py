@@ -109,6 +109,9 @@ def write_recovered(
                 shutil.copyfile(parts.source_folder / "saap" / name, folder / "saap" / name)
         if packed:
             write_packed(folder / "saap" / PACKED_FILE, packed)
+        if parts.source_folder is not None and getattr(model.config, "auto_map", None):
+            own = {file.name for file in folder.glob("*.py")}
+            copy_matching(parts.source_folder, folder, {file.name for file in parts.source_folder.glob("*.py")} - own)
 
 
 @contextmanager
@@ -155,15 +158,16 @@ def stored_entries(
     """Tensors of a plain checkpoint of `model` by name, each created when it is written.
 
     Tied tensors have only their first name: the loader ties them again. Packed layers are written as full weights under
-    the original name. changed: replacements of the model's own tensors, by name.
+    the original name. Buffers keep their type, as few values may need many digits (corrections of a router). changed:
+    replacements of the model's own tensors, by name.
     """
     away = offloaded(model)
 
     def value(tensor: Tensor, kept: torch.dtype) -> Tensor:
         return (tensor if away is None else away.value(tensor)).detach().to(kept)
 
-    def entry(tensor: Tensor) -> TensorEntry:
-        kept = dtype if tensor.is_floating_point() else tensor.dtype
+    def entry(tensor: Tensor, weight: bool = True) -> TensorEntry:
+        kept = dtype if weight and tensor.is_floating_point() else tensor.dtype
         return TensorEntry(dtype=kept, shape=tuple(tensor.shape), make=partial(value, tensor, kept))
 
     entries: dict[str, TensorEntry] = {}
@@ -175,7 +179,7 @@ def stored_entries(
             shape = layer.quantised.shape[:: -1 if layer.transposed else 1]
             entries[f"{path}.weight"] = TensorEntry(dtype=dtype, shape=shape, make=partial(layer.stored_weight, dtype))
         else:
-            entries[name] = entry(tensor)
+            entries[name] = entry(tensor, isinstance(tensor, nn.Parameter))
     return entries | {name: entry(tensor) for name, tensor in (changed or {}).items()}
 
 

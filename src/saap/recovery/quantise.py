@@ -71,14 +71,15 @@ def _best_grid(part: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     low, high = part.amin(-1), part.amax(-1)
     best_error = torch.full_like(low, torch.inf)
     best_codes = torch.zeros_like(part)
-    best_scale, best_zero = torch.zeros_like(low), part.mean(-1)
+    fits = ((high - low) / top).half().isfinite()
+    best_scale, best_zero = torch.where(fits, 0.0, torch.inf), part.mean(-1)
     for span in spans:
         scale = ((high - low) / span).half().float()
         zero = low + (high - low - scale * top).clamp_min(0) / 2
         for _ in range(GRID_FITS + 1):
             codes = _codes(part, scale, zero, top)
             error = (part - codes * scale.unsqueeze(-1) - zero.unsqueeze(-1)).square_().sum(-1)
-            better = error < best_error
+            better = (error < best_error) & fits
             best_error = torch.where(better, error, best_error)
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
             best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
@@ -132,7 +133,7 @@ def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bit
 
 def _inverse_factor(gram: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Gram matrix, float32."""
-    damped = in_float64(gram).clone()
+    damped = in_float64(gram) if gram.dtype != torch.float64 else gram.clone()
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))

@@ -240,8 +240,9 @@ class Trainer:
             # up to the next validation, where a training can be resumed: it then writes the same
             last = min(step + -(-AT_ONCE // config.batch), (step // config.validate_every + 1) * config.validate_every)
             read = {each: self._read(each) for each in range(step, last)}
+            seed = (config.seed + step) * self.processes.count + self.processes.rank
             own = [one for examples in read.values() for one in examples[self.processes.rank :: self.processes.count]]
-            made = continued(self.walker.model, own, length=config.length, ends=self.ends, seed=config.seed + step)
+            made = continued(self.walker.model, own, length=config.length, ends=self.ends, seed=seed)
             parts = [iter(part) for part in self.processes.gather(made)]
             self._written = {
                 each: [next(parts[place % len(parts)]) for place in range(len(examples))]
@@ -320,7 +321,7 @@ class Trainer:
         training.without_best += 1
         if value < training.validation:
             training.validation, training.best_step, training.without_best = value, training.step, 0
-            self._write(BEST, self.parameters, training)
+            self._write(BEST, self.parameters, training.model_copy(update={"points": []}))
         return value
 
     @torch.no_grad()

@@ -131,6 +131,13 @@ class RecoverConfig(Settings):
         return self
 
     @property
+    def without_effect(self) -> list[str]:
+        """Flags that were given and change nothing of this tuning."""
+        idle = [] if self.tuning is Tuning.GROUPWISE else ["bits", "group_size", "scales"]
+        idle += ["rank", "alpha"] if self.tuning in (Tuning.FULL, Tuning.ROUTER) else []
+        return [f"--{name.replace('_', '-')}" for name in idle if name in self.model_fields_set]
+
+    @property
     def peak_rate(self) -> float:
         """The peak learning rate; by default, what moves all weights takes smaller steps."""
         return self.learning_rate or (2e-4 if self.tuning is Tuning.FULL else 1e-3)

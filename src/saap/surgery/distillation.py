@@ -14,18 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from saap.core.errors import NonFiniteLossError
 from saap.models.loading.precision import at_least_float32, widest_dtype
-from saap.models.structure.linear import linear_modules, weight_out_in
+from saap.models.structure.linear import linear_modules, only_multiplies, weight_out_in
 from saap.models.walk.activations import kept_bytes, most_kept
 from saap.models.walk.backend import Backend
 from saap.models.walk.loss import learned_losses
 from saap.models.walk.observer import hooked
 from saap.models.walk.offload import offloaded, onload
 from saap.models.walk.spill import Tensors
-from saap.models.walk.walker import BlockWalker, Contexts, gradients, inference_only
+from saap.models.walk.walker import BlockWalker, Contexts, Stream, gradients, inference_only, requiring_gradients
 
 LEARNING_RATE = 4e-3
 """Of Adam at its height, times the scale of each parameter."""
@@ -264,7 +263,7 @@ class _Distillation:
         """The output of the last block, and the blocks' contexts. recorded: to be filled for the backward pass."""
         stream = self.walker.start(tokens)
         if recorded is not None and self.kept is None:
-            self.kept = kept_bytes(self.walker, stream) <= most_kept(self.walker, self.processes.count)
+            self.kept = self._kept_bytes(stream) <= most_kept(self.walker, self.processes.count)
         hidden = stream.hidden
         for layer in range(len(self.walker.blocks)):
             with self._prepared(layer) as trained:
@@ -278,6 +277,13 @@ class _Distillation:
             if recorded is not None:
                 recorded.append(Recorded(entry, output, trained))
         return hidden, stream.contexts
+
+    def _kept_bytes(self, stream: Stream) -> int:
+        def run(layer: int, hidden: Tensor) -> Tensor:
+            with self._prepared(layer) as trained, requiring_gradients(trained):
+                return self.walker.run_block(layer, hidden, stream.contexts)
+
+        return kept_bytes(self.walker, stream, run)
 
     def _losses(self, hidden: Tensor, tokens: Tensor, teacher: Tensor, predictions: int) -> tuple[float, Tensor]:
         """Summed divergence of some sequences, and the gradient of its mean over `predictions` at the last block.
@@ -330,9 +336,8 @@ class _Distillation:
 
 def updated_modules(block: nn.Module) -> dict[str, nn.Module]:
     """By path, the linear modules of a block that get an update: those that only multiply and add their bias."""
-    plain = (nn.Linear.forward, Conv1D.forward)
     found = linear_modules(block).items()
-    return {path: one for path, one in found if type(one).forward in plain and weight_out_in(one).numel()}
+    return {path: one for path, one in found if weight_out_in(one).numel() and only_multiplies(one)}
 
 
 def _adding(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from saap.core.errors import ModelError
 from saap.models.checkpoint.safetensor_files import TensorEntry, open_safetensors, write_tensors
 from saap.models.loading.devices import multiplied_in
-from saap.models.structure.linear import contracted_axis, linear_modules, weight_out_in
+from saap.models.structure.linear import contracted_axis, linear_modules, only_multiplies, weight_out_in
 
 PACKED_FILE = "packed.safetensors"
 """File in the folder `saap` of a checkpoint, which loaders of plain weights ignore."""
@@ -205,6 +205,11 @@ class GroupwiseLinear(nn.Module):
         """The weight in its packed form; shares the storage."""
         return GroupwiseWeight(self.packed, self.scale, self.zero, self.bits, self.group_size)
 
+    @property
+    def weight(self) -> Tensor:
+        """The full matrix, made anew: for forwards that ask a layer for it, as HunYuan's router does for its type."""
+        return self.stored_weight(self.zero.dtype)
+
     def stored_weight(self, dtype: torch.dtype) -> Tensor:
         """The full weight as the replaced layer stores it."""
         full = self.quantised.dequantised(dtype)
@@ -229,12 +234,12 @@ class GroupwiseLinear(nn.Module):
 
 
 def linears_inside(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
-    """Path and input size of every linear layer inside the decoder blocks at these paths."""
+    """Path and input size of every plain linear layer inside the decoder blocks at these paths."""
     inside = tuple(f"{block}." for block in blocks)
     return {
         path: weight_out_in(module).shape[1]
         for path, module in linear_modules(model).items()
-        if path.startswith(inside)
+        if path.startswith(inside) and only_multiplies(module)
     }
 
 

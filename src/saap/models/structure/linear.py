@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 
@@ -19,6 +21,18 @@ def contracted_axis(module: nn.Module) -> int | None:
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All linear-like modules of the model by path."""
     return {path: module for path, module in model.named_modules() if contracted_axis(module) is not None}
+
+
+def only_multiplies(module: nn.Module) -> bool:
+    """Whether a linear-like module gives one tensor, its product, and not for example a routing."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weights = {name: one.to("meta") for name, one in module.named_parameters()}
+    read = torch.empty(1, weight_out_in(module).shape[1], dtype=weight_out_in(module).dtype, device="meta")
+    try:
+        return isinstance(functional_call(module, weights, (read,)), Tensor)
+    except (RuntimeError, TypeError, ValueError):  # code that reads values, or more than one input
+        return False
 
 
 def owner(model: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -23,8 +25,11 @@ def most_kept(walker: BlockWalker, processes: int) -> float:
     return LARGEST_SHARE * min(free, default=0.0)
 
 
-def kept_bytes(walker: BlockWalker, stream: Stream) -> int:
-    """Bytes of the activations that a backward pass through all blocks needs; those of one block exist at a time."""
+def kept_bytes(walker: BlockWalker, stream: Stream, run: Callable[[int, Tensor], Tensor] | None = None) -> int:
+    """Bytes of the activations that a backward pass through all blocks needs; those of one block exist at a time.
+
+    run: gives the output of block `index` for its input, if the walker alone does not run what will be trained.
+    """
     weights = {id(one) for one in (*walker.model.parameters(), *walker.model.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -36,7 +41,8 @@ def kept_bytes(walker: BlockWalker, stream: Stream) -> int:
     hidden, total = stream.hidden, 0
     for layer in range(len(walker.blocks)):
         with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
-            output = walker.run_block(layer, hidden.detach().requires_grad_(), stream.contexts)
+            entry = hidden.detach().requires_grad_()
+            output = walker.run_block(layer, entry, stream.contexts) if run is None else run(layer, entry)
         total += sum(one.nbytes for number, one in kept.items() if number not in weights)
         hidden = output.detach()
         kept.clear()

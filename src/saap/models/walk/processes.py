@@ -22,6 +22,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from saap.core.errors import ConfigurationError, ProcessError, first_line, out_of_memory
 
 T = TypeVar("T")
+ALONE = 2**24
+"""Numbers of a tensor from which on it is exchanged alone, in place."""
 
 _PATIENCE = timedelta(days=7)  # a process may search or write for hours while the others wait
 _ASSEMBLY = timedelta(minutes=10)
@@ -84,9 +86,13 @@ class Processes:
         return self._exchanged(dist.all_reduce, values)
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by the sum over all processes, in one exchange."""
-        if self.count > 1:
-            vector_to_parameters(self.total(parameters_to_vector(tensors)), tensors)
+        """Replace each tensor by the sum over all processes: small ones in one exchange, as it needs a copy of them."""
+        small = [one for one in tensors if one.numel() < ALONE]
+        for one in tensors if self.count > 1 else ():
+            if one.numel() >= ALONE:
+                one.copy_(self.total(one))
+        if self.count > 1 and small:
+            vector_to_parameters(self.total(parameters_to_vector(small)), small)
 
     def broadcast(self, values: Tensor) -> Tensor:
         """Broadcast the first process' tensor; those of the others define the shape and may be overwritten."""

@@ -22,7 +22,7 @@ from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.shared.dense_model import manifest_of, resolve_dense, tokenizer_with, tokens_of
-from saap.pipeline.shared.digests import weights_digest
+from saap.pipeline.shared.digests import model_digest, weights_digest
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import Behaviour
@@ -60,10 +60,13 @@ class Recovery:
         """Digest of what decides the course of the training; another one does not resume it.
 
         max_steps and max_tokens are in it: the learning rate follows them. max_minutes and patience may change, and so
-        may what changes memory or speed, and results by rounding alone.
+        may what changes memory or speed, and results by rounding alone. What the model itself writes depends on the
+        number of processes.
         """
         settings = self.config.model_dump(mode="json", exclude=NOT_DECISIVE)
-        return digest_of([settings, self.data.digest, weights_digest(self.resolved), __version__])
+        teacher = None if self.teacher is None else weights_digest(self.teacher)
+        writers = self.processes.count if self.config.on_policy else 1
+        return digest_of([settings, self.data.digest, model_digest(self.resolved), teacher, writers, __version__])
 
     @property
     def evaluation_tokens(self) -> int:
@@ -97,6 +100,8 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     with meter.stage(READ_RECORDS):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         check_tuning(config, resolved)
+        if config.without_effect:
+            meter.reporter.note(f"--tuning {config.tuning} does not use {', '.join(config.without_effect)}")
         tokenizer = load_tokenizer(resolved)
         earlier = manifest_of(resolved)
         config, teacher = _with_teacher(config, resolved, earlier, tokenizer, meter)

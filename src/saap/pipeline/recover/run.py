@@ -18,7 +18,8 @@ from saap.export.huggingface import FolderParts, write_recovered
 from saap.export.placing import check_place
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products, quick_products
-from saap.models.loading.pretrained import end_tokens, load, load_groupwise, load_model, model_without_weights
+from saap.models.loading.pretrained import end_tokens, load_groupwise, load_model, model_without_weights
+from saap.models.loading.references import resolve_model
 from saap.models.structure.linear import embedding_of
 from saap.models.walk.probe import check_reads, read_at_once
 from saap.models.walk.walker import BlockWalker
@@ -62,7 +63,7 @@ def run_recover(
                 _check_fits(run, whole)
                 before = _measure(run, whole)
             del whole
-        teacher = load_teacher(run)
+        teacher = load_teacher(run) if run.config.distillation or not measured else None
         if not measured and teacher is not None:
             with run.meter.stage(stages.MEASURE_TEACHER):
                 dense = _measure(run, teacher)
@@ -247,7 +248,9 @@ def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, G
         )  # fmt: skip
         expected = _few_logits(run, model)
         write_recovered(model, parts, packed, out, dtype=run.dtype, overwrite=run.options.overwrite)
-        found = _few_logits(run, load(out, device=str(run.device)))
+        # on the CPU, as the device may have no room for a second model
+        written = resolve_model(out, trust_remote_code=run.resolved.trust_remote_code)
+        found = _few_logits(run, load_model(written, device=torch.device("cpu"), dtype=run.dtype))
     difference = float((expected - found).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         offender = f"The model written to {out} differs from the one in memory"
@@ -258,8 +261,8 @@ def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, G
 def _few_logits(run: Recovery, model: Any) -> torch.Tensor:
     ids = (
         torch.from_numpy(next(iter(run.evaluation.values()))[: read_at_once(model, CHECKED_TOKENS)])
-        .to(run.device)
+        .to(next(model.parameters()).device)
         .unsqueeze(0)
     )
     logits: torch.Tensor = model(ids).logits
-    return logits.float()
+    return logits.float().cpu()
