@@ -191,6 +191,14 @@ def test_a_model_with_code_of_its_own_is_recovered_with_that_code(
     evaluated(capsys, out, *TEXT, "--trust-remote-code")
 
 
+def test_and_pruned_with_it(capsys: pytest.CaptureFixture[str], own_code: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, out = own_code[0], tmp_path / "small"
+    ratio = ["--pruning-ratio", "0.2", "--layout", "uniform", "--align", "16", "--calibration", "novels", *FAST]
+    code, _, error = run(capsys, "prune", folder, *ratio, "--out", out, "--trust-remote-code")
+    assert (code, (out / "own.py").is_file()) == (0, True), error
+    evaluated(capsys, out, *TEXT, "--trust-remote-code")
+
+
 def test_what_is_said_of_one_model_does_not_hold_for_the_one_that_a_manifest_names(
     capsys: pytest.CaptureFixture[str], small: Path, own_code: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -109,9 +109,6 @@ def write_recovered(
                 shutil.copyfile(parts.source_folder / "saap" / name, folder / "saap" / name)
         if packed:
             write_packed(folder / "saap" / PACKED_FILE, packed)
-        if parts.source_folder is not None and getattr(model.config, "auto_map", None):
-            own = {file.name for file in folder.glob("*.py")}
-            copy_matching(parts.source_folder, folder, {file.name for file in parts.source_folder.glob("*.py")} - own)
 
 
 @contextmanager
@@ -258,7 +255,7 @@ def write_shards(entries: Mapping[str, TensorEntry], folder: Path, program: str 
 
 
 def write_companions(model: nn.Module, parts: FolderParts, folder: Path) -> None:
-    """Write generation settings, tokenizer, and the source's image settings and licence files."""
+    """Write generation settings, tokenizer, and the source's image settings, licence files and own code."""
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json")
@@ -266,6 +263,9 @@ def write_companions(model: nn.Module, parts: FolderParts, folder: Path) -> None
         write_tokenizer(parts.tokenizer, folder)
     if parts.source_folder is not None:
         copy_matching(parts.source_folder, folder, (*LEGAL_FILES, *IMAGE_FILES))
+        config: Any = model.config
+        if getattr(config, "auto_map", None) and config.model_type != MODEL_TYPE:
+            copy_matching(parts.source_folder, folder, ("*.py",))
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -132,8 +132,8 @@ def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bit
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Gram matrix, float32."""
-    damped = in_float64(gram) if gram.dtype != torch.float64 else gram.clone()
+    """Upper Cholesky factor of the inverse of the damped Gram matrix, both float32."""
+    damped = in_float64(gram)
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))

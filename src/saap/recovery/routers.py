@@ -25,11 +25,8 @@ def _routers_in(block: nn.Module, prefix: str) -> Iterator[str]:
     for path, experts in block.named_modules():
         count, around = _number_of_experts(experts), path.rpartition(".")[0]
         for place, module in block.get_submodule(around).named_modules(prefix=around) if path and count > 1 else ():
-            rows = {
-                name: value.dim()
-                for name, value in module.named_parameters(recurse=False)
-                if value.dim() and len(value) == count
-            }
+            own = module.named_parameters(recurse=False)
+            rows = {name: value.dim() for name, value in own if value.shape[:1] == (count,)}
             if 2 in rows.values() and not f"{place}.".startswith(f"{path}."):
                 yield from (f"{prefix}{place}.{name}" for name, dimensions in rows.items() if dimensions <= 2)
 

@@ -26,6 +26,7 @@ from saap.settings.setting import (
     Seed,
     Settings,
     Texts,
+    dashed,
 )
 from saap.settings.vocabulary import Coverage, Languages, VocabularyRatio, VocabularySize, vocabulary_faults
 
@@ -308,7 +309,7 @@ class PruneConfig(Settings):
         }
         changed = [flag for flag, is_default in rules.items() if not is_default]
         scored = ("aggregation", "element_order", "fusion_scope")  # no baseline reads one of them
-        changed += [f"--{name.replace('_', '-')}" for name in scored if name in self.model_fields_set]
+        changed += [dashed(name) for name in scored if name in self.model_fields_set]
         ours = self.method is Method.SAAP
         taylor = [
             Importance.FUSED, Importance.VECTOR, Importance.ELEMENT1, Importance.ELEMENT2, Importance.MIXED,
@@ -329,7 +330,7 @@ class PruneConfig(Settings):
             ), *(
                 (
                     ours and name in self.model_fields_set and self.importance not in scores,
-                    f"--{name.replace('_', '-')} changes nothing of the importance {self.importance}",
+                    f"{dashed(name)} changes nothing of the importance {self.importance}",
                     f"Add --importance {' or '.join(scores)}, or leave it out",
                 )
                 for name, scores in used_by.items()

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from saap.core.errors import ConfigurationError
 from saap.settings.prune import BOS
-from saap.settings.setting import AtLeast1, Filled, Flag, Positive, Seed, Settings, Source, Texts, one_of
+from saap.settings.setting import AtLeast1, Filled, Flag, Positive, Seed, Settings, Source, Texts, dashed, one_of
 
 DEFAULT_MINUTES = 20.0
 LEGAL_BITS = (2, 3, 4, 8)
@@ -135,7 +135,7 @@ class RecoverConfig(Settings):
         """Flags that were given and change nothing of this tuning."""
         idle = [] if self.tuning is Tuning.GROUPWISE else ["bits", "group_size", "scales"]
         idle += ["rank", "alpha"] if self.tuning in (Tuning.FULL, Tuning.ROUTER) else []
-        return [f"--{name.replace('_', '-')}" for name in idle if name in self.model_fields_set]
+        return [dashed(name) for name in idle if name in self.model_fields_set]
 
     @property
     def peak_rate(self) -> float:

@@ -132,7 +132,7 @@ def settings_of(model: type[Settings], only: tuple[str, ...] = ()) -> tuple[Sett
 def _setting(field: str, info: FieldInfo) -> Setting:
     shown = next((note for note in info.metadata if isinstance(note, Flag)), Flag())
     name = shown.name or field
-    flag = shown.flag or _dashed(name)
+    flag = shown.flag or dashed(name)
     old = tuple(dict.fromkeys([field, *shown.old] if field not in (name, *shown.aliases) else shown.old))
     origins = [get_origin(part) for part in _alternatives(info.annotation)]
     several = tuple in origins or dict in origins
@@ -140,14 +140,15 @@ def _setting(field: str, info: FieldInfo) -> Setting:
     validators = [note for note in info.metadata if isinstance(note, BeforeValidator)]
     return Setting(
         field=field, info=info, shown=shown, name=name, flag=flag, old=old, names=(name, field, *shown.aliases, *old),
-        flags=(flag, *map(_dashed, (*shown.aliases, *old))), kind=kind,
+        flags=(flag, *map(dashed, (*shown.aliases, *old))), kind=kind,
         inner=kind if isinstance(kind, type) and issubclass(kind, Settings) else None,
         only=next((note for note in info.metadata if isinstance(note, Only)), None), several=several,
         repeat=several and validators in ([], [Names]), metavar="NAME|FILE" if Names in validators else shown.metavar,
     )  # fmt: skip
 
 
-def _dashed(name: str) -> str:
+def dashed(name: str) -> str:
+    """The flag of that name."""
     return "--" + name.replace("_", "-")
 
 

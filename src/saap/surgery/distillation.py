@@ -24,7 +24,7 @@ from saap.models.walk.loss import learned_losses
 from saap.models.walk.observer import hooked
 from saap.models.walk.offload import offloaded, onload
 from saap.models.walk.spill import Tensors
-from saap.models.walk.walker import BlockWalker, Contexts, Stream, gradients, inference_only, requiring_gradients
+from saap.models.walk.walker import BlockWalker, Contexts, Stream, gradients, inference_only
 
 LEARNING_RATE = 4e-3
 """Of Adam at its height, times the scale of each parameter."""
@@ -280,8 +280,8 @@ class _Distillation:
 
     def _kept_bytes(self, stream: Stream) -> int:
         def run(layer: int, hidden: Tensor) -> Tensor:
-            with self._prepared(layer) as trained, requiring_gradients(trained):
-                return self.walker.run_block(layer, hidden, stream.contexts)
+            with self._prepared(layer) as trained:
+                return self.walker.run_recorded(layer, hidden, stream.contexts, trained)[1]
 
         return kept_bytes(self.walker, stream, run)
 

@@ -51,13 +51,13 @@ def with_model_names(model: nn.Module, stored: StoredTensors) -> StoredTensors:
         return torch.empty(stored.shapes[name], dtype=stored.dtypes[name], device="meta")
 
     made = {target: converted(target, without_values) for target in parts}
-    maker = {name: target for target, found in made.items() for name in found}
+    source = {name: target for target, found in made.items() for name in found}
     tensors = {name: tensor for found in made.values() for name, tensor in found.items()}
     shapes = {target: stored.shapes[name] for target, name in renamed.items()}
     dtypes = {target: stored.dtypes[name] for target, name in renamed.items()}
 
     def read(name: str) -> Tensor:
-        return converted(maker[name], stored.read)[name] if name in maker else stored.read(renamed[name])
+        return converted(source[name], stored.read)[name] if name in source else stored.read(renamed[name])
 
     return StoredTensors(
         shapes | {name: tuple(tensor.shape) for name, tensor in tensors.items()},

@@ -87,11 +87,13 @@ class Processes:
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by the sum over all processes: small ones in one exchange, as it needs a copy of them."""
-        small = [one for one in tensors if one.numel() < ALONE]
-        for one in tensors if self.count > 1 else ():
+        if self.count == 1:
+            return
+        for one in tensors:
             if one.numel() >= ALONE:
                 one.copy_(self.total(one))
-        if self.count > 1 and small:
+        small = [one for one in tensors if one.numel() < ALONE]
+        if small:
             vector_to_parameters(self.total(parameters_to_vector(small)), small)
 
     def broadcast(self, values: Tensor) -> Tensor:

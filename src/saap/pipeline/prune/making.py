@@ -25,7 +25,7 @@ from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.pruned_structure import PrunedStructure, mark_pruned, structure_of
 from saap.models.loading import memory
 from saap.models.loading.devices import copied, quick_products, spread_over
-from saap.models.loading.pretrained import load, load_offloaded
+from saap.models.loading.pretrained import load_model, load_offloaded
 from saap.models.loading.references import resolve_model
 from saap.models.walk.backend import Backend
 from saap.models.walk.finished import forget_finished
@@ -282,9 +282,10 @@ def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 def open_result(run: Run, path: Path) -> nn.Module:
     """Open a written result to compute in the run's type; its weights stay in the files if the dense ones did."""
     compute, places = next(run.loaded.model.parameters()).dtype, spread_over(run.loaded.model)
+    resolved = resolve_model(path, trust_remote_code=run.options.trust_remote_code)
     opened: nn.Module = (
-        load(path, device=str(run.device), dtype=compute, device_map=places)
+        load_model(resolved, device=run.device, dtype=compute, device_map=places)
         if run.loaded.fresh is None
-        else load_offloaded(resolve_model(path), find_blocks, device=run.device, dtype=compute)
+        else load_offloaded(resolved, find_blocks, device=run.device, dtype=compute)
     )
     return opened

@@ -22,7 +22,7 @@ from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.shared.dense_model import manifest_of, resolve_dense, tokenizer_with, tokens_of
-from saap.pipeline.shared.digests import model_digest, weights_digest
+from saap.pipeline.shared.digests import model_digest
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import Behaviour
@@ -64,9 +64,9 @@ class Recovery:
         number of processes.
         """
         settings = self.config.model_dump(mode="json", exclude=NOT_DECISIVE)
-        teacher = None if self.teacher is None else weights_digest(self.teacher)
+        models = [model_digest(one) for one in (self.resolved, self.teacher) if one is not None]
         writers = self.processes.count if self.config.on_policy else 1
-        return digest_of([settings, self.data.digest, model_digest(self.resolved), teacher, writers, __version__])
+        return digest_of([settings, self.data.digest, models, writers, __version__])
 
     @property
     def evaluation_tokens(self) -> int:
