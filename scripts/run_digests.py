@@ -126,8 +126,10 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     given = ["--pruning-ratio", "0.2", *FAST]
     yield "written, two processes", partial(pruned, folder / "several", source, *given, processes=2)
     small = folder / "default text"
-    for name, flags in {"groupwise": [], "feedback": ["--error-feedback"], "lora": ["--tuning", "lora"]}.items():
-        tuning = ["--data", text, "--max-steps", "3", "--length", "64", "--group-size", "16", *flags]
+    groups = ["--group-size", "16"]
+    kinds = {"groupwise": groups, "feedback": [*groups, "--error-feedback"], "lora": ["--tuning", "lora"]}
+    for name, flags in kinds.items():
+        tuning = ["--data", text, "--max-steps", "3", "--length", "64", *flags]
         make = partial(pruned, small, source, *given)
         yield f"recovered, {name}", partial(recovered, make, small, folder / name, *tuning)
     yield "evaluated", partial(evaluated, small)

@@ -142,13 +142,16 @@ def test_it_writes_the_same_text(small: Path, capsys: pytest.CaptureFixture[str]
     assert texts[0][0] == 0
 
 
-@pytest.mark.parametrize("flags", [(), ("--error-feedback",), ("--tuning", "lora")], ids=str)
+GROUPS = ("--group-size", "16")
+
+
+@pytest.mark.parametrize("flags", [GROUPS, (*GROUPS, "--error-feedback"), ("--tuning", "lora")], ids=str)
 def test_a_result_is_tuned_as_on_the_cpu(
     flags: tuple[str, ...], small: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     tolerance: float, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(recovery_run, "FEEDBACK_SAMPLES", 2)
-    little = ("--max-steps", "2", "--length", "32", "--group-size", "16", "--validation-samples", "2")
+    little = ("--max-steps", "2", "--length", "32", "--validation-samples", "2")
     given = ("recover", small, "--data", text, *little, *flags)
     found = run(capsys, *given, "--out", tmp_path / "lazy", "--json")
     expected = run(capsys, *given, "--out", tmp_path / "cpu", "--json", "--device", "cpu", "--exact-products")

@@ -25,7 +25,8 @@ RATIO = ("--pruning-ratio", "0.2")
 ON_ANY_TEXT = ("prune", "MODEL", "--out", "OUT", "--effort", "fast", "--num-samples", "4", "--sample-length", "32",
          "--refit-tokens", "1024", "--align", "8")  # fmt: skip
 PRUNE = (*ON_ANY_TEXT, "--calibration", "TEXT")
-RECOVER = ("recover", "MODEL", "--out", "OUT", "--group-size", "16")
+PLAIN = ("recover", "MODEL", "--out", "OUT")
+RECOVER = (*PLAIN, "--group-size", "16")
 EVAL = ("eval", "MODEL", "--out", "OUT")
 EXPORT = ("export", "MODEL", "--out", "OUT", "--no-verify")
 GENERATE = ("generate", "MODEL", "--no-dense", "--prompt", "Hello")
@@ -107,10 +108,12 @@ FLAGS: list[Case] = [
         ("--tuning", "qlora", "'qlora'"), ("--data", "novel", "Did you mean novels"), ("--seed", "-1", "--seed -1"),
         ("--out", "MODEL", "exists"), ("--device", "tpu", "tpu"), ("--dense", "no-such/teacher!", "no-such/teacher!"),
     )],
-    ((*RECOVER, "--tuning", "lora", "--error-feedback"), "--error-feedback"),
-    ((*RECOVER, "--tuning", "lora", "--shard"), "--shard"),
-    ((*RECOVER, "--tune", "router"), "LlamaForCausalLM has no router in its blocks"),
-    ((*RECOVER, "--tune", "router", "--error-feedback"), "--error-feedback"),
+    ((*PLAIN, "--tuning", "lora", "--error-feedback"), "--error-feedback"),
+    ((*PLAIN, "--tuning", "lora", "--shard"), "--shard"),
+    ((*PLAIN, "--tune", "router"), "LlamaForCausalLM has no router in its blocks"),
+    ((*PLAIN, "--tune", "router", "--error-feedback"), "--error-feedback"),
+    ((*PLAIN, "--tuning", "lora", "--bits", "4"), "lora has no quantised layers for --bits"),
+    ((*PLAIN, "--tuning", "full", "--rank", "8", "--alpha", "8"), "no adapters for --rank and --alpha"),
     ((*RECOVER, "--shard"), "several processes"),
     (("recover", "MODEL"), "--output-dir"),
     (EVAL, "nothing to measure"),

@@ -109,7 +109,7 @@ def test_only_the_first_process_speaks(several: Results) -> None:
         ("error", "error: Calibration sample 2 is bad. Mend it.\n"),
         ("later", "error: The first process is unwell. Mend it.\n"),
         ("refused", "error: --num-samples 'many' is not a number"),
-        ("dry", "error: --dry-run tries one process alone. Start it without torchrun or accelerate launch.\n"),
+        ("dry", "error: `saap prune --dry-run` runs in one process. Start it without torchrun or accelerate launch.\n"),
     ],
 )
 def test_all_end_with_the_message_of_the_one_that_failed(several: Results, name: str, message: str) -> None:

@@ -14,7 +14,8 @@ POSITIONS = 48
 COMPARE = [
     "--methods", "magnitude", "--pruning-ratios", "0.2", "--sample-length", "32", "--align", "8", "--effort", "fast",
 ]  # fmt: skip
-TRAIN = ["--data", "novels", "--group-size", "16", "--max-steps", "1", "--validation-samples", "1", "--rank", "2"]
+GROUPS = ["--group-size", "16"]
+TRAIN = ["--data", "novels", "--max-steps", "1", "--validation-samples", "1", "--rank", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("command", "arguments", "remedy"),
     [
         ("compare", COMPARE, "Use shorter samples or windows"),
-        ("recover", TRAIN, "Use a smaller --max-seq-length"),
+        ("recover", [*TRAIN, *GROUPS], "Use a smaller --max-seq-length"),
         ("recover", [*TRAIN, "--tuning", "lora"], "Use a smaller --max-seq-length"),
         ("eval", ["--generation", "--max-new-tokens", "64"], "Use fewer --max-new-tokens or shorter prompts"),
         ("eval", ["--speed"], "Measure speed with fewer tokens, or leave it out"),
@@ -52,7 +53,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
 def test_what_fits_runs(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The house\n")
-    code, _, error = run(capsys, "recover", few, *TRAIN, "--length", POSITIONS, "--out", tmp_path / "tuned")
+    code, _, error = run(capsys, "recover", few, *TRAIN, *GROUPS, "--length", POSITIONS, "--out", tmp_path / "tuned")
     assert code == 0, error
     code, _, error = run(capsys, "eval", tmp_path / "tuned", "--prompts", prompts, "--max-new-tokens", "8")
     assert code == 0, error

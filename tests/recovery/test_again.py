@@ -20,7 +20,7 @@ from saap.pipeline.shared.progress import Silent
 from saap.recovery.train import Trainer, Training
 
 QUICK: dict[str, Any] = {
-    "max_seq_length": 32, "batch_size": 2, "max_steps": 2, "validate_every": 1, "validation_samples": 1, "rank": 4,
+    "max_seq_length": 32, "batch_size": 2, "max_steps": 2, "validate_every": 1, "validation_samples": 1,
 }  # fmt: skip
 
 

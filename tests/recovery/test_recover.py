@@ -18,7 +18,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import saap
-from saap.core.errors import ConfigurationError, GroupSizeError, ModelError, OutputError, StaleInputError
+from saap.core.errors import (
+    ConfigurationError,
+    GroupSizeError,
+    ModelError,
+    OutputError,
+    StaleInputError,
+    VerificationError,
+)
 from saap.core.manifest import KindChange, RunManifest
 from saap.data.texts import GENERAL, KINDS
 from saap.data.training import training_data
@@ -29,6 +36,7 @@ from saap.models.loading.pretrained import load_groupwise, load_model, open_skel
 from saap.models.loading.references import resolve_model
 from saap.models.structure.linear import weight_out_in
 from saap.pipeline.prune.with_recovery import shared_by
+from saap.pipeline.recover import run as recovery_run
 from saap.pipeline.recover.context import check_processes, known_kinds
 from saap.pipeline.recover.forecast import share_after
 from saap.pipeline.shared.inputs import RunOptions
@@ -37,10 +45,9 @@ from saap.pipeline.shared.tokens import evaluation_sets
 from saap.recovery.quantise import quantise
 from saap.settings.recover import RecoverConfig, Tuning
 
-QUICK = {"length": 32, "batch": 4, "max_steps": 4, "validate_every": 2, "validation_samples": 2, "rank": 4}
+QUICK = {"length": 32, "batch": 4, "max_steps": 4, "validate_every": 2, "validation_samples": 2}
 FLAGS = [
     "--length", "32", "--batch", "4", "--max-steps", "4", "--validate-every", "2", "--validation-samples", "2",
-    "--rank", "4",
 ]  # fmt: skip
 TOKENS = torch.arange(2, 42).reshape(2, 20)
 PRUNING = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "effort": "fast", "align": 32}
@@ -148,6 +155,18 @@ def test_options(dense: Path, text: Path, tmp_path: Path, changes: dict[str, Any
     assert result.report.validation < result.report.validation_before
     assert (result.report.perplexity_dense is not None) == ("teacher" in changes)
     assert (tmp_path / "tuned" / "saap" / "packed.safetensors").exists() == ("tuning" not in changes)
+
+
+def test_a_result_that_opens_as_another_model_is_not_put_in_its_place(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery_run, "TOLERANCE", -1.0)
+    with pytest.raises(VerificationError, match="does not compute what the one in memory does"):
+        saap.recover(dense, data=[text], out=tmp_path / "tuned", **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.saap-work"]
+    monkeypatch.undo()
+    saap.recover(dense, data=[text], out=tmp_path / "tuned", **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
 
 
 def test_without_the_dense_model_the_text_alone_teaches(text: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 import saap
 from saap.core.errors import ModelError
 from saap.data.texts import evaluation_text
-from saap.recovery.routers import find_routers
+from saap.models.checkpoint.groupwise import linears_inside
+from saap.models.structure.routers import find_routers
 from saap.recovery.weights import TunedWeights
 
 HELD_OUT = 2000
@@ -65,6 +66,14 @@ class SeparateExperts(nn.Module):
 def test_experts_in_a_list_have_a_router_too() -> None:
     model = nn.ModuleDict({"layer": SeparateExperts()})
     assert find_routers(model, ["layer"]) == ["layer.choice.weight", "layer.choice.bias"]
+
+
+def test_a_router_that_is_a_linear_layer_is_not_quantised() -> None:
+    model = families.build("hunyuan_v1_moe")
+    assert isinstance(model.get_submodule("model.layers.0.mlp.gate.wg"), nn.Linear)
+    found = linears_inside(model, blocks(model))
+    assert "model.layers.0.mlp.shared_mlp.up_proj" in found
+    assert not [path for path in found if ".gate." in path]
 
 
 def test_a_model_without_experts_is_refused() -> None:

@@ -51,10 +51,11 @@ def data(count: int = 12, seed: int = 0) -> TrainingData:
     return TrainingData(sources=("made",), train=tuple(examples[2:]), held_out=tuple(examples[:2]), seed=seed)
 
 
-SETTINGS = {
-    "group_size": 16, "rank": 4, "length": 16, "batch": 4, "micro_batch": 2, "max_steps": 8, "validate_every": 2,
-    "learning_rate": 0.02, "patience": 0,
+PLAIN = {
+    "length": 16, "batch": 4, "micro_batch": 2, "max_steps": 8, "validate_every": 2, "learning_rate": 0.02,
+    "patience": 0,
 }  # fmt: skip
+SETTINGS = {"group_size": 16, "rank": 4, **PLAIN}
 
 
 def train(
@@ -274,7 +275,7 @@ def test_the_teacher_alone_has_a_target_for_prompts_too(
 def test_plain_lora_learns_and_merges(tmp_path: Path) -> None:
     model = build("llama_tied").float()
     handle, parameters = add_lora(model, linears_inside(model, blocks(model)), rank=4, alpha=8, seed=0)
-    config = RecoverConfig(**{**SETTINGS, "tuning": "lora", "max_steps": 20})
+    config = RecoverConfig(**{**PLAIN, "tuning": "lora", "rank": 4, "max_steps": 20})
     done = Trainer(
         BlockWalker(model, blocks(model)), parameters, data(), config, folder=tmp_path,
         processes=Processes(), report=SILENT,
@@ -292,7 +293,7 @@ def test_all_weights_of_the_blocks_learn_and_no_others(tmp_path: Path, family: s
     model = build(family).float()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     weights = TunedWeights(model, weights_inside(model, blocks(model)))
-    config = RecoverConfig(**{**SETTINGS, "tuning": "full", "learning_rate": 3e-3, "max_steps": 20})
+    config = RecoverConfig(**{**PLAIN, "tuning": "full", "learning_rate": 3e-3, "max_steps": 20})
     done = Trainer(
         BlockWalker(model, blocks(model)), weights.parameters, data(), config, folder=tmp_path,
         processes=Processes(), report=SILENT,
@@ -419,6 +420,8 @@ def test_too_little_data(tmp_path: Path) -> None:
         ({"bits": 5}, "--bits 5"), ({"group_size": 24}, "--group-size 24"), ({"rank": 0}, "--rank 0"),
         ({"learning_rate": -1.0}, "--learning-rate"),
         ({"error_feedback": True, "tuning": "lora"}, "--error-feedback"),
+        ({"bits": 4, "scales": True, "tuning": "lora"}, "no quantised layers for --bits and --scales"),
+        ({"rank": 16, "tuning": "full"}, "no adapters for --rank"),
     ],
 )  # fmt: skip
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:

@@ -23,7 +23,7 @@ def started_several() -> bool:
 def one_of_several(arguments: Sequence[str]) -> Iterator[None]:
     """Silence this process if it is one of several and not the first.
 
-    Raises ConfigurationError for a command that several processes cannot share.
+    A command that several processes cannot share ends each of them; the first one says why.
     """
     if not started_several():
         yield
@@ -34,10 +34,11 @@ def one_of_several(arguments: Sequence[str]) -> Iterator[None]:
         out, err = (sys.stdout, sys.stderr) if first else (nowhere, nowhere)
         with redirect_stdout(out), redirect_stderr(err):
             command = next((word for word in arguments if not word.startswith("-")), None)
-            if command is not None and command not in COMMANDS:
-                raise ConfigurationError(
-                    f"`saap {command}` runs in one process", "Start it without torchrun or accelerate launch"
-                )
+            trial = " --dry-run" if "--dry-run" in arguments else ""
+            if command is not None and (trial or command not in COMMANDS):
+                remedy = "Start it without torchrun or accelerate launch"
+                print(f"error: {ConfigurationError(f'`saap {command}{trial}` runs in one process', remedy)}", file=err)
+                sys.exit(2)
             try:
                 yield
             except ProcessError:

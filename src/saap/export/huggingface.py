@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +51,7 @@ KEPT_RECORDS = ("plan.json", "scores.safetensors", VOCABULARY)
 class FolderParts:
     """Contents of any folder besides the weights.
 
-    source_folder: of the model that this one was made from. vocabulary: which of its tokens are left, if not all.
+    source_folder: of the model that this one was made from. vocabulary: which of its tokens are kept, if not all.
     """
 
     manifest: RunManifest
@@ -93,11 +93,12 @@ def write_checkpoint(
 
 def write_recovered(
     model: Any, parts: FolderParts, packed: Mapping[str, GroupwiseWeight], out: Path, *, dtype: torch.dtype,
-    overwrite: bool = False,
+    overwrite: bool = False, check: Callable[[Path], None],
 ) -> None:  # fmt: skip
     """Write the tuned `model` (adapters merged) atomically, without a second copy in memory.
 
-    packed: weights by module path, empty for a model that was not quantised.
+    packed: weights by module path, empty for a model that was not quantised. check: opens the complete folder before it
+    is moved to `out`, and raises an error to discard it.
     Raises OutputError if `out` exists (and not `overwrite`), cannot be written or does not fit on the disk.
     """
     entries = stored_entries(model, dtype)
@@ -109,6 +110,7 @@ def write_recovered(
                 shutil.copyfile(parts.source_folder / "saap" / name, folder / "saap" / name)
         if packed:
             write_packed(folder / "saap" / PACKED_FILE, packed)
+        check(folder)
 
 
 @contextmanager

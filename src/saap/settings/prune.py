@@ -1,7 +1,6 @@
 """The settings of `saap prune`: one place for names, defaults and their reasons."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -27,6 +26,7 @@ from saap.settings.setting import (
     Settings,
     Texts,
     dashed,
+    require_none,
 )
 from saap.settings.vocabulary import Coverage, Languages, VocabularyRatio, VocabularySize, vocabulary_faults
 
@@ -138,19 +138,12 @@ TARGETS = {
 """All names of the targets that are met by pruning blocks."""
 
 
-def _require_none(faults: Iterable[tuple[object, str, str]]) -> None:
-    """Raise ValueError for the first fault that holds. faults: whether, the problem, and the remedy."""
-    for holds, problem, remedy in faults:
-        if holds:
-            raise ValueError(problem, remedy)
-
-
 class PruneConfig(Settings):
     """Everything that decides the result of `saap prune`, checked before any model is loaded.
 
     Exactly one target is given: pruning ratios, parameters, bytes, a speed-up, or a plan. With a size of the vocabulary
     there may be none: then only tokens are removed, and the stock class opens the result. skip_layers None leaves the
-    ends to the search. A baseline brings its own strategy and scores.
+    ends to the search. A baseline has its own strategy and scores.
     """
 
     pruning_ratios: Annotated[
@@ -289,7 +282,7 @@ class PruneConfig(Settings):
                 self.merge_experts and not self.restore,
                 "--merge-experts is a part of the reconstruction", "Leave out --no-restore, or add --restore",
             ), (
-                not fast and self.model_fields_set & {"runtime", "gguf_type"},
+                not fast and self.flags_given("runtime", "gguf_type"),
                 "--runtime and --gguf-type measure nothing by themselves", "Add --target-speedup",
             ), (
                 fast and untimed,
@@ -297,7 +290,7 @@ class PruneConfig(Settings):
                 "Use --roles ffn,attention,block, or --pruning-ratio",
             ),
         )  # fmt: skip
-        _require_none(faults)
+        require_none(faults)
         return self
 
     @model_validator(mode="after")
@@ -309,7 +302,7 @@ class PruneConfig(Settings):
         }
         changed = [flag for flag, is_default in rules.items() if not is_default]
         scored = ("aggregation", "element_order", "fusion_scope")  # no baseline reads one of them
-        changed += [dashed(name) for name in scored if name in self.model_fields_set]
+        changed += self.flags_given(*scored)
         ours = self.method is Method.SAAP
         taylor = [
             Importance.FUSED, Importance.VECTOR, Importance.ELEMENT1, Importance.ELEMENT2, Importance.MIXED,
@@ -329,14 +322,14 @@ class PruneConfig(Settings):
                 "Leave out one of the two",
             ), *(
                 (
-                    ours and name in self.model_fields_set and self.importance not in scores,
+                    ours and self.flags_given(name) and self.importance not in scores,
                     f"{dashed(name)} changes nothing of the importance {self.importance}",
                     f"Add --importance {' or '.join(scores)}, or leave it out",
                 )
                 for name, scores in used_by.items()
             ),
         )  # fmt: skip
-        _require_none(faults)
+        require_none(faults)
         check_gguf_type(self.gguf_type, self.runtime)
         return self
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from saap.core.errors import ConfigurationError
 from saap.settings.prune import BOS
-from saap.settings.setting import AtLeast1, Filled, Flag, Positive, Seed, Settings, Source, Texts, dashed, one_of
+from saap.settings.setting import AtLeast1, Filled, Flag, Positive, Seed, Settings, Source, Texts, one_of, require_none
 
 DEFAULT_MINUTES = 20.0
 LEGAL_BITS = (2, 3, 4, 8)
@@ -118,24 +118,27 @@ class RecoverConfig(Settings):
 
     @model_validator(mode="after")
     def _check_tuning(self) -> Self:
-        for flag, given in (("--error-feedback", self.error_feedback), ("--shard", self.shard)):
-            if given and self.tuning is not Tuning.GROUPWISE:
-                raise ValueError(
-                    f"{flag} requires quantised layers, which --tuning {self.tuning} does not have",
-                    "Leave out one of the two",
-                )
-        if self.on_policy and self.distillation not in (None, 1):
-            raise ValueError("--on-policy requires --distillation 1", "Leave out one of the two")
-        if self.on_policy and self.shard:
-            raise ValueError("--on-policy cannot be combined with --shard", "Leave out one of the two")
+        quantised = " and ".join(self.flags_given("bits", "group_size", "error_feedback", "scales", "shard"))
+        adapters = " and ".join(self.flags_given("rank", "alpha"))
+        faults = (
+            (
+                quantised and self.tuning is not Tuning.GROUPWISE,
+                f"--tuning {self.tuning} has no quantised layers for {quantised}",
+                f"Leave out {quantised}, or use --tuning groupwise",
+            ), (
+                adapters and self.tuning in (Tuning.FULL, Tuning.ROUTER),
+                f"--tuning {self.tuning} has no adapters for {adapters}",
+                f"Leave out {adapters}, or use --tuning groupwise or lora",
+            ), (
+                self.on_policy and self.distillation not in (None, 1),
+                "--on-policy requires --distillation 1", "Leave out one of the two",
+            ), (
+                self.on_policy and self.shard,
+                "--on-policy cannot be combined with --shard", "Leave out one of the two",
+            ),
+        )  # fmt: skip
+        require_none(faults)
         return self
-
-    @property
-    def without_effect(self) -> list[str]:
-        """Flags that were given and change nothing of this tuning."""
-        idle = [] if self.tuning is Tuning.GROUPWISE else ["bits", "group_size", "scales"]
-        idle += ["rank", "alpha"] if self.tuning in (Tuning.FULL, Tuning.ROUTER) else []
-        return [dashed(name) for name in idle if name in self.model_fields_set]
 
     @property
     def peak_rate(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -111,6 +111,18 @@ class Settings(BaseModel):
         found = {name: fields.get(name, name) for name in given}
         check_once(found)
         return {field: given[name] for name, field in found.items()}
+
+    def flags_given(self, *fields: str) -> list[str]:
+        """The flags of those of these fields that were given a value."""
+        chosen = self.model_fields_set.intersection(fields)
+        return [setting.flag for setting in settings_of(type(self)) if setting.field in chosen]
+
+
+def require_none(faults: Iterable[tuple[object, str, str]]) -> None:
+    """Raise ValueError for the first fault that holds. faults: whether, the problem, and the remedy."""
+    for holds, problem, remedy in faults:
+        if holds:
+            raise ValueError(problem, remedy)
 
 
 def check_once(meant: Mapping[str, Hashable]) -> None:

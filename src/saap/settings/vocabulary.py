@@ -70,7 +70,7 @@ def vocabulary_faults(
 ) -> tuple[tuple[bool, str, str], ...]:
     """What is wrong with the settings of the vocabulary: whether, the problem, and the remedy.
 
-    sizes: by flag. wanted: whether other settings ask for fewer tokens. targets: flags of the targets that blocks are
+    sizes: by flag. wanted: whether other settings request fewer tokens. targets: flags of the targets that blocks are
     pruned to. others: whether anything besides tokens may be removed.
     """
     given, every = [flag for flag, size in sizes.items() if size is not None], ", ".join(sizes)

@@ -32,8 +32,8 @@ MUTATION_SCALE = 0.3
 CLEARLY_BETTER = 0.95
 """Share of the first start's loss that a candidate must be below where a reconstruction follows.
 
-The reconstruction brings back more of what FFN channels gave than of what attention heads did, which masked losses do
-not show: plans of like loss end far apart.
+The reconstruction recovers more of the loss of removed FFN channels than of attention heads, which masked losses do
+not show: plans of similar loss end far apart.
 """
 LEAST_SHARE = 0.02
 """What a module that loses nothing counts as losing, so that the evolution can remove something from it."""

@@ -22,6 +22,7 @@ from saap.core.errors import ModelError
 from saap.models.checkpoint.safetensor_files import TensorEntry, open_safetensors, write_tensors
 from saap.models.loading.devices import multiplied_in
 from saap.models.structure.linear import contracted_axis, linear_modules, only_multiplies, weight_out_in
+from saap.models.structure.routers import routers_inside
 
 PACKED_FILE = "packed.safetensors"
 """File in the folder `saap` of a checkpoint, which loaders of plain weights ignore."""
@@ -207,7 +208,7 @@ class GroupwiseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The full matrix, made anew: for forwards that ask a layer for it, as HunYuan's router does for its type."""
+        """The full matrix, computed at each access: for forwards that read it, such as Jamba's and fused kernels."""
         return self.stored_weight(self.zero.dtype)
 
     def stored_weight(self, dtype: torch.dtype) -> Tensor:
@@ -234,12 +235,13 @@ class GroupwiseLinear(nn.Module):
 
 
 def linears_inside(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
-    """Path and input size of every plain linear layer inside the decoder blocks at these paths."""
+    """Path and input size of every plain linear layer inside the decoder blocks at these paths, except routers."""
     inside = tuple(f"{block}." for block in blocks)
+    routers = {name.rpartition(".")[0] for name in routers_inside(model, blocks)}
     return {
         path: weight_out_in(module).shape[1]
         for path, module in linear_modules(model).items()
-        if path.startswith(inside) and only_multiplies(module)
+        if path.startswith(inside) and path not in routers and only_multiplies(module)
     }
 
 

@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
-from saap.core.errors import VerificationError, failure_of
+from saap.core.errors import VerificationError
 from saap.core.manifest import Answers, KindChange, PerplexityChange, SpeedRecord
 from saap.core.records import ImportanceScores
 from saap.data.texts import UNKNOWN
-from saap.evaluation.perplexity import bits_per_byte, model_logits
+from saap.evaluation.perplexity import bits_per_byte
 from saap.export.huggingface import write_records
 from saap.export.model_card import load_lines
 from saap.models.loading import memory
@@ -31,10 +30,12 @@ from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target, finished_report, is_file, place_finished, records_of
 from saap.pipeline.shared.tokens import HELD_OUT
+from saap.pipeline.shared.verify import check_written, few_logits
 from saap.settings.registry import Method
 from saap.structure_search.budget import TimeBudget
 
-CHECKED_TOKENS = 64
+TOLERANCE = 1e-3
+"""Of logits, absolute and relative."""
 LARGEST_LOSS = 1.75
 """Of a kind of text in nats, over the median of all kinds."""
 LARGEST_GROWTH_BY_TOKENS = 1.05
@@ -49,7 +50,8 @@ def measure_result(run: Run, target: Target, made: Made) -> Behaviour | None:
         model, made.model = made.model, None
         if not run.processes.first:
             return None
-        expected = None if model is None else _few_logits(run, model)
+        ids = run.tokens.tensor("held", run.device)[:1]
+        expected = None if model is None else few_logits(model, ids)
         if model is not None:
             release(model)
         if model is run.loaded.model and run.loaded.fresh is None:
@@ -59,7 +61,8 @@ def measure_result(run: Run, target: Target, made: Made) -> Behaviour | None:
         memory.give_back()
         shutil.rmtree(changed_folder(run, target), ignore_errors=True)
         made.model = open_result(run, made_path(run, target))
-        _check_written(run, target, made.model, expected)
+        limit = 0.0 if expected is None else TOLERANCE * (1 + expected.abs())
+        check_written(target.name, made.model, ids, expected, limit)
     return observe(_model_of(made), run.loaded.tokenizer, run.tokens, run.spill)
 
 
@@ -149,26 +152,6 @@ def _model_of(made: Made) -> nn.Module:
     if made.model is None:
         raise VerificationError("The pruned model is neither in memory nor in the work folder", "Run again")
     return made.model
-
-
-@torch.no_grad()
-def _few_logits(run: Run, model: nn.Module) -> torch.Tensor:
-    tokens = run.tokens.tensor("held", run.device)[:1, :CHECKED_TOKENS]
-    return model_logits(model, tokens).float()
-
-
-def _check_written(run: Run, target: Target, model: nn.Module, expected: torch.Tensor | None) -> None:
-    """Raise VerificationError unless the written model gives finite logits, which are those of the one in memory."""
-    what, fault = f"The written model ({target.name})", "report this model and command as a fault of saap"
-    try:
-        found = _few_logits(run, model)
-    except Exception as error:  # the code of its class
-        remedy = f"Call saap.prune without `out` to keep it in memory, and {fault}"
-        raise VerificationError(f"{what} does not run ({failure_of(error)})", remedy) from error
-    if not bool(found.isfinite().all()):
-        raise VerificationError(f"{what} gives logits that are not finite", "Use --dtype float32")
-    if expected is not None and not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
-        raise VerificationError(f"{what} does not compute what the one in memory does", fault.capitalize())
 
 
 def findings_of(

@@ -97,8 +97,6 @@ def preview(
 
     Raises SaapError, also if the memory or the disk of this machine is too small.
     """
-    if Processes.found().count > 1:
-        raise ConfigurationError("--dry-run tries one process alone", "Start it without torchrun or accelerate launch")
     smaller = offloading_remedy(source, config, options) or SMALLER
     if options.max_memory is None:
         check_weights_fit(source, options, smaller)

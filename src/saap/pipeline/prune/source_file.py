@@ -136,8 +136,8 @@ def folder_experts(
 ) -> FolderExperts | None:
     """The experts of a folder of quantised safetensors, if the result is that folder without some of them; else None.
 
-    It is if only whole experts leave, all layers keep as many, nothing is reconstructed, and no type of weights was
-    specified. Raises ExportError.
+    It is if only whole experts are removed, all layers keep as many, nothing is reconstructed, and no type of weights
+    was specified. Raises ExportError.
     """
     changed = config.restore or config.layout is not Layout.UNIFORM or set(config.roles) != {PrunableRole.EXPERT}
     written = options.out is not None and options.dtype == "auto"

@@ -56,7 +56,7 @@ _OF_THE_RUN = {stage.gives for stage in stages.PREPARE}
 
 
 def requested_stages(run: Run) -> list[Stage]:
-    """Those stages, in order, that the settings of a run ask for."""
+    """Those stages, in order, that the settings of a run require."""
     config, searches = run.config, any(target.budget is not None for target in run.targets)
     evaluates = planning.search_evaluations(run) > 0
     costs = searches and finds_costs(config, run.loaded.model, run.graph)

@@ -202,7 +202,7 @@ def _requested(config: PruneConfig, table: TokenTable) -> tuple[int | None, int]
     if size >= table.tokens:
         raise TargetError(
             f"The vocabulary has {table.tokens:,} tokens, no more than the {size:,} to keep",
-            "Ask for fewer, or leave the vocabulary out",
+            "Keep fewer tokens, or leave the vocabulary out",
         )
     return size, step
 

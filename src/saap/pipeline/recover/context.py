@@ -20,6 +20,7 @@ from saap.export.placing import check_output
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel, resolve_model
+from saap.models.structure.routers import find_routers
 from saap.models.walk.processes import Processes
 from saap.pipeline.shared.dense_model import manifest_of, resolve_dense, tokenizer_with, tokens_of
 from saap.pipeline.shared.digests import model_digest
@@ -30,7 +31,6 @@ from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import READ_RECORDS
 from saap.pipeline.shared.tokens import EVALUATION, evaluation_sets
 from saap.recovery.adapter import require_peft
-from saap.recovery.routers import find_routers
 from saap.settings.recover import RecoverConfig, Tuning
 
 NOT_DECISIVE = {"max_minutes", "patience", "shard", "micro_batch", "gradient_checkpointing"}
@@ -100,8 +100,6 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     with meter.stage(READ_RECORDS):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         check_tuning(config, resolved)
-        if config.without_effect:
-            meter.reporter.note(f"--tuning {config.tuning} does not use {', '.join(config.without_effect)}")
         tokenizer = load_tokenizer(resolved)
         earlier = manifest_of(resolved)
         config, teacher = _with_teacher(config, resolved, earlier, tokenizer, meter)

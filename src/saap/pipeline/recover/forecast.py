@@ -12,7 +12,6 @@ from typing import Any
 
 from saap.core.errors import ConfigurationError
 from saap.models.loading.devices import quick_float32_products
-from saap.models.walk.processes import Processes
 from saap.pipeline.recover.context import prepare
 from saap.pipeline.recover.run import load_teacher, model_to_train, trainer_of
 from saap.pipeline.shared.inputs import RunOptions
@@ -63,8 +62,6 @@ def forecast(
     source: str | Path, config: RecoverConfig, options: RunOptions, reporter: Reporter | None = None
 ) -> RecoveryForecast:
     """Costs and gain of `run_recover`; a few steps are tried, and nothing is written. Raises SaapError."""
-    if Processes.found().count > 1:
-        raise ConfigurationError("--dry-run tries one process alone", "Start it without torchrun or accelerate launch")
     if config.on_policy:
         raise ConfigurationError("--dry-run does not time what --on-policy writes", "Leave out one of the two")
     run = prepare(str(source), config, options, reporter or Silent())

@@ -99,7 +99,7 @@ class RecoverResult:
 
 
 def not_quantised(model: nn.Module) -> tuple[str, ...]:
-    """Names of matrices in the decoder blocks that are not in linear layers, and so are not tuned."""
+    """Names of matrices in the decoder blocks that are not tuned: of routers, and outside of linear layers."""
     inside = tuple(f"{block}." for block in find_blocks(model))
     return tuple(
         name for name, value in model.named_parameters()

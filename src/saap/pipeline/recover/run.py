@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.core.errors import ConfigurationError, ModelError, OutputError
+from saap.core.errors import ConfigurationError, ModelError
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexities
@@ -21,7 +21,8 @@ from saap.models.loading.devices import quick_float32_products, quick_products
 from saap.models.loading.pretrained import end_tokens, load_groupwise, load_model, model_without_weights
 from saap.models.loading.references import resolve_model
 from saap.models.structure.linear import embedding_of
-from saap.models.walk.probe import check_reads, read_at_once
+from saap.models.structure.routers import find_routers
+from saap.models.walk.probe import check_reads
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare
 from saap.pipeline.recover.result import RecoverResult, not_quantised, recovery_manifest, recovery_report
@@ -31,17 +32,16 @@ from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.outcome import Behaviour, behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.targets import work_path
+from saap.pipeline.shared.verify import check_written, few_logits
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
 from saap.recovery.quantise import check_group_sizes, quantise, quantise_by_feedback
-from saap.recovery.routers import find_routers
 from saap.recovery.sharding import check_shardable, shard_layers
 from saap.recovery.train import STATE, Report, Trainer
 from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig, Tuning
 
 FEEDBACK_SAMPLES = 16
-CHECKED_TOKENS = 64
 # Tolerance of logits for rounding to 16 bits, relative to the largest one.
 TOLERANCE = 0.1
 
@@ -161,7 +161,7 @@ def model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Paramet
         parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     left = not_quantised(model)
     if left:
-        run.meter.reporter.note(f"{len(left)} matrices of the blocks are not linear layers and are not tuned")
+        run.meter.reporter.note(f"{len(left)} matrices of the blocks (routers, or not linear layers) are not tuned")
     return model, None, parameters
 
 
@@ -240,29 +240,19 @@ def trainer_of(
 
 
 def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, GroupwiseWeight], out: Path) -> None:
-    """Write the folder, and compare the reopened model with the one in memory. Raises OutputError."""
+    """Write the folder, after its reopened model computed what the one in memory does. Raises VerificationError."""
+    ids = torch.from_numpy(next(iter(run.evaluation.values())))[None]
+
+    def check(folder: Path) -> None:
+        # on the CPU, as the device may have no room for a second model
+        written = resolve_model(folder, trust_remote_code=run.resolved.trust_remote_code)
+        reopened = load_model(written, device=torch.device("cpu"), dtype=run.dtype)
+        check_written(str(out), reopened, ids, expected, TOLERANCE * expected.abs().max())
+
     with run.meter.stage(stages.WRITE):
         parts = FolderParts(
             manifest=manifest, tokenizer=run.tokenizer,
             source_folder=run.resolved.folder if run.resolved.gguf_file is None else None,
         )  # fmt: skip
-        expected = _few_logits(run, model)
-        write_recovered(model, parts, packed, out, dtype=run.dtype, overwrite=run.options.overwrite)
-        # on the CPU, as the device may have no room for a second model
-        written = resolve_model(out, trust_remote_code=run.resolved.trust_remote_code)
-        found = _few_logits(run, load_model(written, device=torch.device("cpu"), dtype=run.dtype))
-    difference = float((expected - found).abs().max() / expected.abs().max())
-    if not difference <= TOLERANCE:
-        offender = f"The model written to {out} differs from the one in memory"
-        raise OutputError(f"{offender} (logits differ by {difference:.1e})", "Use --dtype float32 and --overwrite")
-
-
-@torch.no_grad()
-def _few_logits(run: Recovery, model: Any) -> torch.Tensor:
-    ids = (
-        torch.from_numpy(next(iter(run.evaluation.values()))[: read_at_once(model, CHECKED_TOKENS)])
-        .to(next(model.parameters()).device)
-        .unsqueeze(0)
-    )
-    logits: torch.Tensor = model(ids).logits
-    return logits.float().cpu()
+        expected = few_logits(model, ids.to(next(model.parameters()).device)).cpu()
+        write_recovered(model, parts, packed, out, dtype=run.dtype, overwrite=run.options.overwrite, check=check)

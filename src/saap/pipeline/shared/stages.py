@@ -1,4 +1,4 @@
-"""Stages of pruning and recovery in order: titles, inputs, outputs and stage files.
+"""Stages of pruning and recovery in order: titles, and for pruning inputs, outputs and stage files.
 
 Progress shows their titles and the manifest records them. `saap prune` and its forecast use the same steps, and a
 resumed run executes only steps whose results are still needed.
@@ -13,15 +13,15 @@ from itertools import groupby
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage. needs, gives: names of its inputs and its output. MODEL and DATA come from the user.
+    """One stage. needs, gives: names of its inputs and its output, where the order of stages follows from them.
 
-    file: of its result in the work folder; '' if a resumed run repeats the stage. per_target: executed for each target,
-    whose name is part of the file name.
+    MODEL and DATA come from the user. file: of its result in the work folder; '' if a resumed run repeats the stage.
+    per_target: executed for each target, whose name is part of the file name.
     """
 
     title: str
-    needs: tuple[str, ...]
-    gives: str
+    needs: tuple[str, ...] = ()
+    gives: str = ""
     file: str = ""
     per_target: bool = False
 
@@ -58,16 +58,16 @@ PRUNE = (
 )  # fmt: skip
 """All stages of `saap prune`; a run skips those that its settings do not request."""
 
-# Stages of `saap recover`; weights are either quantised while they are read or loaded unchanged.
-READ_RECORDS = Stage("read the model's records and the training data", ("MODEL", "DATA"), "examples")
-LOAD_TEACHER = Stage("load the teacher", ("MODEL",), "teacher")
-MEASURE_TEACHER = Stage("measure the teacher", ("teacher",), "figures")
-QUANTISE = Stage("quantise the weights", ("MODEL", "examples"), "model")
-MEASURE_QUANTISED = Stage("measure the quantised model", ("model",), "quantised figures")
-MEASURE_BEFORE = Stage("measure the model as it is", ("MODEL",), "figures")
-TRAIN = Stage("train", ("model", "examples"), "adapters", "state.safetensors")
-MERGE = Stage("merge and measure", ("model", "adapters"), "tuned model")
-WRITE = Stage("write the result and open it", ("tuned model",), "folder")
+# Stages of `saap recover`, whose order is fixed; weights are quantised while they are read, or loaded unchanged.
+READ_RECORDS = Stage("read the model's records and the training data")
+LOAD_TEACHER = Stage("load the teacher")
+MEASURE_TEACHER = Stage("measure the teacher")
+QUANTISE = Stage("quantise the weights")
+MEASURE_QUANTISED = Stage("measure the quantised model")
+MEASURE_BEFORE = Stage("measure the model as it is")
+TRAIN = Stage("train")
+MERGE = Stage("merge and measure")
+WRITE = Stage("write the result and open it")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,19 @@ from saap.core.errors import ModelError
 
 
 def find_routers(model: nn.Module, blocks: Sequence[str]) -> list[str]:
-    """Names of the weights and biases of the routers in the decoder blocks. Raises ModelError if there are none.
-
-    They lie in the module that contains the experts, with one row for each of them.
-    """
-    names = [name for path in blocks for name in _routers_in(model.get_submodule(path), f"{path}.")]
+    """Names of the weights and biases of the routers in the decoder blocks. Raises ModelError if there are none."""
+    names = routers_inside(model, blocks)
     if not names:
         raise ModelError(f"{type(model).__name__} has no router in its blocks", "Use another --tuning")
     return names
+
+
+def routers_inside(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Names of the weights and biases of the routers in the decoder blocks; empty without experts.
+
+    They lie in the module that contains the experts, with one row for each of them.
+    """
+    return [name for path in blocks for name in _routers_in(model.get_submodule(path), f"{path}.")]
 
 
 def _routers_in(block: nn.Module, prefix: str) -> Iterator[str]:
