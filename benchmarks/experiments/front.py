@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 from harness.experiment import Request, Values, experiment
 from harness.store import ROOT, finished_cells
-from lab.commands import TEST
 
 from experiments.quality import comparison, models
 from saap.reporting.figures import COLOURS, MARKERS, Figure, plain_ticks
 
-OURS = "saap"
+OURS, LLM_PRUNER = "saap", "llm-pruner-element2@ffn"
 METHODS = {
-    OURS: "saap", "llm-pruner-element2@ffn": "LLM-Pruner", "flap": "FLAP", "wanda-sp@ffn": "Wanda-sp",
+    OURS: "saap", LLM_PRUNER: "LLM-Pruner", "flap": "FLAP", "wanda-sp@ffn": "Wanda-sp",
     "block-influence": "block influence",
 }  # fmt: skip
 NAMES = {
@@ -50,8 +49,16 @@ def cells_of(path: str, request: Request) -> dict[str, Values]:
 
 
 def points(request: Request) -> list[Point]:
-    """All measured points of the chart. A model without ours or without any baseline has none."""
-    found = [*_compared(request), *_of_gemma(request), *_of_coders(request)]
+    """All measured points of the chart. A model without ours or without any baseline has none.
+
+    A model that is not in the comparison has those of the page of models.
+    """
+    found = [
+        Point(place.model, place.method, place.state == comparison.RESTORED, float(place.ratio), cell["ratio"])
+        for place, cell in _compared(request).items()
+        if place.method in METHODS
+    ]
+    found += [point for point in _of_models(request) if point.model not in {one.model for one in found}]
     both = {
         model for model in NAMES if {True, False} <= {point.method == OURS for point in found if point.model == model}
     }
@@ -63,29 +70,20 @@ def shown_in(found: Sequence[Point]) -> list[str]:
     return [model for model in NAMES if any(point.model == model for point in found)]
 
 
-def _compared(request: Request) -> Iterable[Point]:
-    for row in comparison.rows_of(cells_of("quality.comparison", request)):
-        if row["method"] in METHODS:
-            yield Point(models.SMOLLM2, row["method"], row["restored"], row["ratio"], row["ratios"][TEST])
+def _compared(request: Request) -> Mapping[comparison.Place, Values]:
+    return {comparison.Place.of(name): cell for name, cell in cells_of("quality.comparison", request).items()}
 
 
-def _of_gemma(request: Request) -> Iterable[Point]:
-    removed = experiment("quality.other_models").chosen(request)["pruning ratio"]
-    for cell in cells_of("quality.other_models", request).values():
-        for row in cell["rows"]:
-            yield Point(models.GEMMA, row["method"], row["restored"], removed, row["ratios"]["wikitext2"])
-
-
-def _of_coders(request: Request) -> Iterable[Point]:
+def _of_models(request: Request) -> Iterable[Point]:
     removed, cells = experiment("quality.models").chosen(request)["pruning ratio"], cells_of("quality.models", request)
-    for model in (models.QWEN, models.LARGE):
+    for model in NAMES:
         preset = _ours(model, cells)
         if preset is not None:
             yield Point(model, OURS, True, removed, cells[f"{model}/{preset}"]["ratio"]["wikitext2"])
         for run, restored in BASELINE.items():
             if f"{model}/{run}" in cells:
                 ratio = cells[f"{model}/{run}"]["ratio"]["wikitext2"]
-                yield Point(model, "llm-pruner-element2@ffn", restored, removed, ratio)
+                yield Point(model, LLM_PRUNER, restored, removed, ratio)
 
 
 def front(request: Request) -> dict[str, Any]:
@@ -96,7 +94,6 @@ def front(request: Request) -> dict[str, Any]:
         "points": points(request), "missing": [name for name in NAMES.values() if name not in compared],
         "removed": experiment("quality.models").chosen(request)["pruning ratio"], "at": at, "runs": _runs(request),
         "smallest": NAMES[models.SMOLLM2], "session": session(),
-        "earlier": [NAMES[models.SMOLLM2], NAMES[models.GEMMA]],
     }  # fmt: skip
 
 

@@ -3,14 +3,14 @@
 from harness.experiment import experiment
 
 MODULES = (
-    "quality.perplexity", "quality.models", "quality.comparison", "quality.baselines", "quality.cut_only",
-    "quality.other_models", "method.selection", "method.importance", "method.break_conditions",
-    "method.ablation", "method.allocation", "method.calibration", "quality.families", "quality.experts",
+    "quality.models", "quality.comparison", "quality.zero_shot", "quality.baselines",
+    "method.selection", "method.importance", "method.break_conditions", "method.ablation",
+    "method.allocation", "method.calibration", "quality.families", "quality.experts",
     "quality.vocabulary", "quality.multilingual", "quality.multimodal", "quality.recovery",
     "quality.own_data", "quality.group_sizes", "quality.vllm", "quality.generation", "method.overlap",
     "cost.estimation_cost", "cost.cost", "cost.shapes", "cost.expert_shapes", "cost.speed",
-    "cost.vllm_speed", "cost.processes", "cost.accelerator", "cost.device_limit", "cost.forecast", "cost.hardware",
-    "cost.gguf_files", "quality.mlx", "cost.gguf_types",
+    "cost.vllm_speed", "cost.processes", "cost.accelerator", "cost.device_limit", "cost.forecast",
+    "cost.hardware", "cost.gguf_files", "quality.mlx", "cost.gguf_types",
 )  # fmt: skip
 
 EXPERIMENTS = [experiment(name) for name in MODULES]

@@ -5,7 +5,6 @@
     python benchmarks/book.py render                              # only the pages, from the measured cells
     python benchmarks/book.py stale [NAME ...]                    # cells that other code than the present one measured
     python benchmarks/book.py measure NAME [--cells CELL ...]     # in this process; measures given cells again
-    python benchmarks/book.py unpack DIR                          # the comparison as a folder of `saap compare`
 
 An interrupted run resumes. Cells are in benchmarks/results, pages in docs/results; of --quick in out/results-quick.
 """
@@ -14,7 +13,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.quality.comparison import unpack
 from experiments.registry import EXPERIMENTS
 
 from harness.digests import digests, stale, stale_folders
@@ -30,8 +28,8 @@ BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 
 def parse() -> tuple[argparse.Namespace, Request]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("list", "run", "render", "stale", "measure", "unpack"))
-    parser.add_argument("names", nargs="*", metavar="NAME", help="experiment; for `unpack` a folder")
+    parser.add_argument("command", choices=("list", "run", "render", "stale", "measure"))
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiment")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="cells to measure, even if they exist")
     parser.add_argument("--quick", action="store_true", help="smoke run with small settings")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for pages and results")
@@ -39,11 +37,11 @@ def parse() -> tuple[argparse.Namespace, Request]:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="option of an experiment")
     given = parser.parse_args()
-    if given.command in ("measure", "unpack") and len(given.names) != 1:
-        parser.error(f"{given.command} takes one name")
-    if given.command != "unpack" and not set(given.names) <= set(BY_NAME):
+    if given.command == "measure" and len(given.names) != 1:
+        parser.error("measure takes one name")
+    if not set(given.names) <= set(BY_NAME):
         parser.error(f"the experiments are {', '.join(BY_NAME)}")
-    given.chosen = [BY_NAME[name] for name in given.names if name in BY_NAME] or EXPERIMENTS
+    given.chosen = [BY_NAME[name] for name in given.names] or EXPERIMENTS
     known = {option for experiment in given.chosen for option in experiment.options}
     options = dict(setting.partition("=")[::2] for setting in given.set)
     if not set(options) <= known:
@@ -70,8 +68,6 @@ def main() -> None:
             print(f"{folder}: made {reason}; without it, the next cell that needs it makes it again")
     elif given.command == "measure":
         measure(given.chosen[0], request, given.cells)
-    elif given.command == "unpack":
-        unpack(request, Path(given.names[0]))
     else:
         # Before the first experiment, as its processes and those of all later ones share imported modules.
         codes = {experiment.name: digests(experiment.decided_by) for experiment in given.chosen}

@@ -9,14 +9,14 @@ import runpy
 from pathlib import Path
 
 import pytest
-from experiments.quality import experts
-from experiments.quality.comparison import packed, unpack, unpacked
+from experiments.quality import comparison, experts
 from experiments.quality.generation import TASKS, facts
+from experiments.quality.zero_shot import packed, unpacked
 from experiments.registry import EXPERIMENTS
 from harness.driver import measure, state_of
 from harness.experiment import Experiment, Request
 from harness.pages import summary_of, write_pages
-from harness.store import RESULTS, ROOT
+from harness.store import ROOT
 from tests.book.test_pages import numbers_without_source
 from tests.pipeline import tiny
 
@@ -81,17 +81,28 @@ def test_every_step_on_an_accelerator_runs_with_tiny_models_and_is_kept(tmp_path
     assert capsys.readouterr().out == ""
 
 
-def test_the_comparison_comes_back_as_a_folder(tmp_path):
+def test_answers_are_stored_as_one_character_each():
     row = {"tasks": {"one": {"correct": [0, 1, 1], "correct_norm": None}}, "method": "flap"}
     assert packed(row)["tasks"]["one"]["correct"] == "011"
     assert unpacked(packed(row)) == row
-    unpack(Request(quick=False, work=tmp_path, results=RESULTS), tmp_path / "compare")
-    whole = json.loads((tmp_path / "compare" / "comparison.json").read_text())
-    rows = [json.loads(file.read_text()) for file in (tmp_path / "compare" / "rows").glob("*-seed0.json")]
-    assert len(rows) == len(whole["rows"])
-    assert all(row in whole["rows"] for row in rows)
-    answers = [answer for row in rows for task in row["tasks"].values() for answer in task["correct"]]
-    assert set(answers) == {0, 1}
+
+
+def test_methods_that_lack_the_same_ratios_are_compared_in_one_command():
+    every = comparison.cells(Request(quick=False, work=Path(), results=Path()))
+    lacking = [cell for cell in every if cell.startswith("smollm2/") and cell != "smollm2/flap/0.2/cut"]
+    found = comparison.missing(lacking)
+    assert set(found) == {("smollm2", "cut"), ("smollm2", "restored")}
+    assert found["smollm2", "cut"]["flap"] == ("0.1", "0.3", "0.5")
+    assert found["smollm2", "cut"]["saap"] == comparison.RATIOS
+
+
+def test_ours_is_compared_with_the_best_baseline_where_all_are_measured():
+    ratios = {"saap": 1.2, "llm-pruner-element2@ffn": 1.5, "flap": 2.0, "wanda-sp@ffn": 1.6, "block-influence": 3.0}
+    cells = {f"smollm2/{method}/0.2/cut": {"ratio": value} for method, value in ratios.items()}
+    (row,) = comparison.summarise(cells)["against"]
+    assert (row["best"], row["side"], row["quotient"]) == ("llm-pruner-element2@ffn", "cut only", 1.2 / 1.5)
+    del cells["smollm2/flap/0.2/cut"]
+    assert comparison.summarise(cells)["against"] == []
 
 
 def test_open_questions_have_short_answers():

@@ -18,6 +18,7 @@ from lab.commands import in_own_process
 from lab.memory import Peak
 
 from experiments.quality import comparison
+from experiments.quality.models import SMOLLM2
 from saap.core.records import CalibrationSet
 from saap.discovery import discover
 from saap.estimation.estimate import estimate
@@ -93,13 +94,17 @@ def memory_of(chosen: Values) -> dict[str, float]:
 
 
 def summarise(cells: Cells) -> Values:
-    rows = [row for row in comparison.rows_of(cells) if row["ratio"] == 0.2 and not row["restored"]]
-    scored = {row["method"]: row["seconds"]["score"] for row in rows}
-    quickest = min((method for method in scored if method != "saap"), key=lambda method: float(scored[method]))
-    head = cells[comparison.HEAD]["settings"]
+    rows = {comparison.Place.of(name): cell for name, cell in cells.items() if name not in CELLS}
+    scored = {
+        place.method: row["seconds"]["score"]
+        for place, row in rows.items()
+        if (place.model, place.ratio, place.state) == (SMOLLM2, "0.2", comparison.CUT)
+    }
+    quickest = min((method for method in scored if method != comparison.OURS), key=lambda method: float(scored[method]))
+    head = comparison.SETTINGS
     return {
         **cells["time"], **cells["memory"], "score_seconds": scored, "quickest": quickest,
-        "samples": head["samples"], "sample_length": head["sample_length"],
+        "samples": head["samples"], "sample_length": head["sample length"],
     }  # fmt: skip
 
 

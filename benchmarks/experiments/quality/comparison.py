@@ -1,151 +1,142 @@
-"""Our method and the baselines on the real model, with and without our reconstruction for all methods."""
+"""Our method and published ones on real models, at the same number of parameters: cut only and reconstructed."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
+from harness.charts import Line, lines
 from harness.digests import PRUNING
-from harness.experiment import Cells, Measured, Names, Request, Values, experiment
-from harness.store import finished_cells, read_json, write_json
-from lab.commands import TEST, VALIDATION, flags_from, in_own_process, run_here
+from harness.experiment import Cells, Figures, Measured, Names, Request, Values
+from harness.store import read_json
+from lab.commands import TEST, flags_from, in_own_process, run_here
+from lab.dense import source_of
 
-from saap.core.evaluation_records import Comparison, TaskResult
-from saap.evaluation.bootstrap import kept_share, usual_answers
-from saap.reporting.comparison_tables import comparison_table, ratio_table, task_table
-from saap.reporting.tables import to_markdown
+from experiments.quality.models import GEMMA, LARGE, QWEN, SMOLLM2
+from saap.reporting.figures import Figure
 
-# LLM-Pruner and Wanda-sp are best on this model without pruning attention, so they are shown with and without it.
-MAIN = ("saap", "llm-pruner-element2@ffn", "llm-pruner-element1@ffn", "flap", "wanda-sp@ffn", "block-influence")
-OTHERS = (
-    "llm-pruner-vector@ffn", "llm-pruner-mixed@ffn", "llm-pruner-element2", "wanda-sp", "magnitude@ffn", "random@ffn",
-)  # fmt: skip
-TASK_METHODS = ("saap", "llm-pruner-element2@ffn", "flap", "wanda-sp@ffn")
-TASK_RATIO = "0.2"
-RATIOS = (("0.2", "0.3"), ("0.1", "0.5"))
-"""Ratios by command, which share the scores; usual ratios come first, so that an interrupted run has them."""
-PASSES = [(TASK_METHODS, (TASK_RATIO,), TASK_RATIO), *((w, r, "none") for w in (MAIN, OTHERS) for r in RATIOS)]
-"""Methods, ratios, and ratio of the tasks: each a `saap compare` into the same folder."""
-HEAD, DENSE = "settings", "dense"
-ANSWERS = ("correct", "correct_norm")
-OPTIONS = {"tasks": "DIR"}
-NEEDS = ("tasks",)
-SMOKE = False
+OURS = "saap"
+BASELINES = ("llm-pruner-element2@ffn", "flap", "wanda-sp@ffn", "block-influence")
+"""LLM-Pruner and Wanda-sp prune FFN channels alone, where they are better at usual ratios."""
+MORE_BASELINES = ("llm-pruner-element1@ffn", "llm-pruner-element2")
+"""Measured without reconstruction only; the second one prunes attention too."""
+CUT, RESTORED = "cut", "restored"
+RATIOS = ("0.2", "0.1", "0.3", "0.5")
+MODELS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    SMOLLM2: {CUT: RATIOS, RESTORED: RATIOS},
+    GEMMA: {CUT: RATIOS, RESTORED: RATIOS},
+    QWEN: {CUT: RATIOS, RESTORED: RATIOS},
+    LARGE: {CUT: RATIOS[:1]},
+}
+"""Pruning ratios of each model and state."""
 SETTINGS = {
-    "model": "{model}", "calibration": VALIDATION, "samples": 64, "sample length": 128, "refit tokens": 16384,
-    "measured on": TEST, "measured tokens": 16384, "window": 512, "effort": "default", "seed": 0,
-    "tasks": "arc_easy,piqa,boolq,openbookqa", "pruning ratio of the tasks": TASK_RATIO, "questions of a task": 500,
+    "samples": 50, "sample length": 256, "refit tokens": 36_864, "effort": "default", "measured on": TEST,
+    "measured tokens": 8192, "window": 512,
 }  # fmt: skip
+SMOKE = False
+PARTIAL = True
 DECIDED_BY = (*PRUNING, "baselines", "pipeline/compare")
 
 
-def names_of(methods: Names, ratios: Names) -> list[str]:
-    states = ("cut", "restored")
-    return [f"{m.replace('@', '_')}-{ratio}-{state}-seed0" for m in methods for ratio in ratios for state in states]
+class Place(NamedTuple):
+    """Where a cell stands. ratio: share of the blocks' parameters to remove. state: CUT or RESTORED."""
+
+    model: str
+    method: str
+    ratio: str
+    state: str
+
+    @classmethod
+    def of(cls, cell: str) -> "Place":
+        return cls(*cell.split("/"))
 
 
 def cells(request: Request) -> Names:
-    first = names_of(TASK_METHODS, [TASK_RATIO])
-    every = {name for methods, ratios, _ in PASSES for name in names_of(methods, ratios)}
-    return [HEAD, DENSE, *first, *sorted(every - set(first))]
+    places = (
+        Place(model, method, ratio, state)
+        for model, states in MODELS.items()
+        for state, ratios in states.items()
+        for ratio in ratios
+        for method in (OURS, *BASELINES, *(MORE_BASELINES if state == CUT else ()))
+    )
+    return ["/".join(place) for place in places]
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Run every pass with a missing row; finished rows are written to the folder first, so they are kept."""
-    folder = request.work.resolve() / "compare"
-    if not (folder / "rows").is_dir():
-        unpack(request, folder)
-    flags = flags_from(request.settings)
-    flags += ["--task-data", str(Path(request.given["tasks"]).resolve()), "--restore", "both", "--rounded-tasks"]
-    for methods, ratios, task_ratio in PASSES:
-        names = [name for name in names_of(methods, ratios) if name in wanted]
-        if names:
-            own = ["--methods", ",".join(methods), "--pruning-ratio", ",".join(ratios), "--task-ratios", task_ratio]
-            in_own_process(run_here, ["compare", request.model, "--out", str(folder), *own, *flags])
-            for name in names:
-                yield name, packed(read_json(folder / "rows" / f"{name}.json"))
-    result = read_json(folder / "comparison.json")
-    yield DENSE, packed(result["dense"])
-    kept = {name: result[name] for name in ("model", "settings", "versions")}
-    yield HEAD, {**kept, "digest": read_json(folder / "settings.json")["digest"]}
+    """One `saap compare` for the methods of a model that lack the same ratios; its finished rows stay in its folder."""
+    for (model, state), methods in missing(wanted).items():
+        folder = request.work.resolve() / f"compare-{model}"
+        source, flags = source_of(request, model), flags_from(request.settings)
+        flags += ["--restore", "yes" if state == RESTORED else "no"]
+        for ratios in dict.fromkeys(methods.values()):
+            named = [method for method, lacking in methods.items() if lacking == ratios]
+            own = ["--methods", ",".join(named), "--pruning-ratio", ",".join(ratios)]
+            in_own_process(run_here, ["compare", source, "--out", str(folder), *own, *flags])
+            for method in named:
+                for ratio in ratios:
+                    row = read_json(folder / "rows" / f"{method.replace('@', '_')}-{ratio}-{state}-seed0.json")
+                    yield "/".join(Place(model, method, ratio, state)), _values(row)
 
 
-def packed(row: Values, change: Callable[[Any], Any] = lambda answers: "".join(map(str, answers))) -> Values:
-    """A row with its answers as strings of 0 and 1, one character per question."""
-    if "tasks" not in row:
-        return row
-    changed = {
-        name: {**task, **{kind: change(task[kind]) for kind in ANSWERS if task[kind] is not None}}
-        for name, task in row["tasks"].items()
-    }
-    return {**row, "tasks": changed}
+def missing(wanted: Names) -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
+    """By model and state, the ratios that each method lacks."""
+    found: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
+    for model, method, ratio, state in map(Place.of, wanted):
+        methods = found.setdefault((model, state), {})
+        methods[method] = (*methods.get(method, ()), ratio)
+    return found
 
 
-def unpacked(row: Values) -> Values:
-    return packed(row, lambda answers: [int(answer) for answer in answers])
-
-
-def unpack(request: Request, folder: Path) -> None:
-    """Write the measured cells as a folder of `saap compare`, for `saap report` and for resuming."""
-    records = finished_cells(experiment("quality.comparison"), request)
-    found = {name: unpacked(record["values"]) for name, record in records.items()}
-    for name, row in found.items():
-        if name != HEAD:
-            write_json(folder / "rows" / f"{name}.json", row)
-    if HEAD in found:
-        write_json(folder / "settings.json", {"digest": found[HEAD]["digest"]})
-        write_json(folder / "comparison.json", comparison_of(found))
-
-
-def comparison_of(found: Cells) -> Values:
-    head = {name: found[HEAD][name] for name in ("model", "settings", "versions")}
-    return {**head, "dense": found[DENSE], "rows": rows_of(found), "command": ["compare", head["model"]]}
-
-
-def rows_of(found: Cells) -> list[Values]:
-    """The rows in cells of one or several experiments."""
-    return [cell for name, cell in found.items() if name.endswith("-seed0")]
-
-
-def best_baseline(rows: Sequence[Values], *, restored: bool) -> dict[str, Any]:
-    """The baseline with the lowest perplexity on WikiText-2 test among rows of one ratio."""
-    theirs = [row for row in rows if row["method"] != "saap" and row["restored"] is restored]
-    best = min(theirs, key=lambda row: float(row["ratios"][TEST]))
-    return {"method": best["method"], "ratio": best["ratios"][TEST]}
-
-
-def summarise(found: Cells) -> Values:
-    whole = comparison_of({name: unpacked(cell) for name, cell in found.items()})
-    tables = Comparison.model_validate(whole)
-    ratios = sorted({row["ratio"] for row in whole["rows"]})
-    # Our default reconstructs, so the main comparison is with the baselines as published.
-    sides = {"nobody": (False, False), "all": (True, True), "ours": (True, False)}
+def _values(row: Values) -> Values:
     return {
-        "cut": to_markdown(ratio_table(tables, TEST, False)), "restored": to_markdown(ratio_table(tables, TEST, True)),
-        "against": {who: [quotient(whole, ratio, *both) for ratio in ratios] for who, both in sides.items()},
-        "tasks": to_markdown(task_table(tables, float(TASK_RATIO))),
-        "differences": differences(whole), "all": to_markdown(comparison_table(tables)),
+        "ratio": row["ratios"][TEST], "removed": row["pruning_ratio"], "parameters": row["parameters"],
+        "seconds": row["seconds"], "peak_resident_bytes": row["peak_resident_bytes"],
     }  # fmt: skip
 
 
-def quotient(whole: Values, ratio: float, ours_restored: bool, theirs_restored: bool) -> Values:
-    rows = [row for row in whole["rows"] if row["ratio"] == ratio]
-    ours = next(r["ratios"][TEST] for r in rows if r["method"] == "saap" and r["restored"] is ours_restored)
-    best = best_baseline(rows, restored=theirs_restored)
-    return {"removed": ratio, "ours": ours, "best": best, "quotient": ours / best["ratio"]}
+def summarise(found: Cells) -> Values:
+    rows = {Place.of(name): cell["ratio"] for name, cell in found.items()}
+    return {"tables": list(_tables(rows)), "against": list(_against(rows)), "ratios": sorted(RATIOS)}
 
 
-def differences(whole: Values) -> list[Values]:
-    """Difference in kept accuracy above chance of saap and each baseline, from paired draws of the questions."""
+def _tables(rows: Mapping[Place, float]) -> Iterator[Values]:
+    """For each model and state, the perplexities by method and ratio."""
+    for model, state in dict.fromkeys((place.model, place.state) for place in rows):
+        here = {place: value for place, value in rows.items() if (place.model, place.state) == (model, state)}
+        methods = dict.fromkeys(place.method for place in here)
+        table = {
+            method: {ratio: here.get(Place(model, method, ratio, state)) for ratio in RATIOS} for method in methods
+        }
+        yield {"model": model, "restored": state == RESTORED, "rows": table}
 
-    def answers_of(tasks: Mapping[str, Any]) -> list[tuple[int, ...]]:
-        return [usual_answers(name, TaskResult(**values)) for name, values in tasks.items()]
 
-    tasks = whole["dense"]["tasks"]
-    dense, chance = answers_of(tasks), [values["chance"] for values in tasks.values()]
-    answers = {(row["method"], row["restored"]): answers_of(row["tasks"]) for row in whole["rows"] if row["tasks"]}
-    found: list[Values] = []
-    for (method, restored), theirs in answers.items():
-        if method != "saap":
-            kept = kept_share(dense, answers["saap", restored], chance, than=theirs)
-            found.append({"method": method, "restored": restored, **kept.model_dump()})
-    return found
+def _against(rows: Mapping[Place, float]) -> Iterator[Values]:
+    """Our perplexity over that of the best baseline, wherever both are measured: like with like, and ours as it is."""
+    sides = {"cut only": (CUT, CUT), "with our reconstruction": (RESTORED, RESTORED), "as published": (RESTORED, CUT)}
+    for model in dict.fromkeys(place.model for place in rows):
+        for side, (ours, theirs) in sides.items():
+            for ratio in sorted(RATIOS):
+                mine = rows.get(Place(model, OURS, ratio, ours))
+                baselines = {
+                    place.method: value
+                    for place, value in rows.items()
+                    if (place.model, place.ratio, place.state) == (model, ratio, theirs) and place.method != OURS
+                }
+                if mine is not None and set(BASELINES) <= baselines.keys():
+                    best = min(baselines, key=lambda method: baselines[method])
+                    yield {
+                        "model": model, "side": side, "ratio": float(ratio), "ours": mine, "best": best,
+                        "theirs": baselines[best], "quotient": mine / baselines[best],
+                    }  # fmt: skip
+
+
+def figures(summary: Values) -> Figures:
+    """Perplexity by ratio, for each model and state."""
+    return [_by_ratio(table) for table in summary["tables"]]
+
+
+def _by_ratio(table: Values) -> Figure:
+    series: dict[str, Line] = {}
+    for method, found in table["rows"].items():
+        measured = [ratio for ratio in sorted(RATIOS) if found[ratio] is not None]
+        series[method] = [100 * float(ratio) for ratio in measured], [found[ratio] for ratio in measured]
+    name = f"comparison-{table['model']}-{RESTORED if table['restored'] else CUT}"
+    return lines(name, series, x="% of the decoder blocks removed", y="perplexity / dense", log="y")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.digests import MAKING
 from harness.experiment import Cells, Measured, Names, Request, Values
-from lab.commands import peak_of, timed_saap
+from lab.commands import VALIDATION, peak_of, timed_saap
 from lab.dense import source_of
 from lab.texts import DATA, INSTRUCTIONS, perplexities, texts
 
@@ -18,14 +18,19 @@ RUNS = {
     "default": [],
     "best": ["--preset", "best"],
     "paper": ["--preset", "paper"],
+    "wikitext2": ["--calibration", VALIDATION],
     "llm-pruner": ["--method", "llm-pruner-element2", "--roles", "ffn"],
     "llm-pruner-restored": ["--method", "llm-pruner-element2", "--roles", "ffn", "--restore", "--preset", "fast"],
 }
-"""paper tunes on the bundled instructions for 20 minutes; the others train for their short distillation alone."""
+"""paper tunes on the bundled instructions for 20 minutes; the others train for their short distillation alone.
+
+wikitext2: the default on text of the kind that most papers calibrate on and measure.
+"""
+OF_SMOLLM2 = ("best", "paper", "wikitext2")
 CELLS = [
     *(f"{SMOLLM2}/{run}" for run in RUNS),
-    *(f"{GEMMA}/{run}" for run in RUNS if run not in ("best", "paper")),
-    *(f"{QWEN}/{run}" for run in RUNS if run not in ("best", "paper")),
+    *(f"{GEMMA}/{run}" for run in RUNS if run not in OF_SMOLLM2),
+    *(f"{QWEN}/{run}" for run in RUNS if run not in OF_SMOLLM2),
     *(f"{LARGE}/{run}" for run in ("fast", "llm-pruner", "llm-pruner-restored")),
 ]
 MORE = {"french": DATA / "flores200" / "fra.evaluation.txt.gz", "chinese": DATA / "flores200" / "zho.evaluation.txt.gz"}
