@@ -51,14 +51,15 @@ def cells_of(path: str, request: Request) -> dict[str, Values]:
 def points(request: Request) -> list[Point]:
     """All measured points of the chart. A model without ours or without any baseline has none.
 
-    A model that is not in the comparison has those of the page of models.
+    What the comparison lacks of a model is of the page of models.
     """
     found = [
         Point(place.model, place.method, place.state == comparison.RESTORED, float(place.ratio), cell["ratio"])
         for place, cell in _compared(request).items()
         if place.method in METHODS
     ]
-    found += [point for point in _of_models(request) if point.model not in {one.model for one in found}]
+    known = {(point.model, point.method, point.restored) for point in found}
+    found += [one for one in _of_models(request) if (one.model, one.method, one.restored) not in known]
     both = {
         model for model in NAMES if {True, False} <= {point.method == OURS for point in found if point.model == model}
     }
