@@ -12,7 +12,7 @@ import torch
 from tests.pipeline import tiny
 
 import saap
-from saap.core.errors import ConfigurationError, OutputError
+from saap.core.errors import ConfigurationError, OutputError, VerificationError
 from saap.core.manifest import Opening, RunManifest, read_manifest
 from saap.export.huggingface import write_records
 from saap.pipeline.recover import run as recovery_run
@@ -134,14 +134,15 @@ def test_a_disk_without_space_for_the_state_is_refused_before_the_training(
     assert needed == [pytest.approx(28 * inside, rel=0.01)]
 
 
-def test_a_folder_that_differs_from_memory_is_replaced_by_one_in_float32(
+def test_a_folder_that_differs_from_memory_is_not_put_in_its_place(
     dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = {**QUICK, "data": [text], "tuning": "full", "out": tmp_path / "tuned"}
     with monkeypatch.context() as patched:
         patched.setattr(recovery_run, "TOLERANCE", 0.0)
-        with pytest.raises(OutputError, match="--dtype float32 and --overwrite"):
+        with pytest.raises(VerificationError, match="--dtype float32"):
             saap.recover(dense, dtype="bfloat16", **full)
+    assert not (tmp_path / "tuned").exists()
     notes = Notes()
-    saap.recover(dense, dtype="float32", overwrite=True, reporter=notes, **full)
+    saap.recover(dense, dtype="float32", reporter=notes, **full)
     assert "resuming after step 2" in notes.notes

@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness.charts import bars
 from harness.digests import PRUNING
-from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
+from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.commands import in_own_process
 from lab.memory import Peak
 
-from experiments.quality import comparison
-from experiments.quality.models import SMOLLM2
 from saap.core.records import CalibrationSet
 from saap.discovery import discover
 from saap.estimation.estimate import estimate
@@ -29,13 +26,12 @@ from saap.models.walk.processes import Processes
 from saap.models.walk.walker import inference_only
 
 CELLS = ["time", "memory"]
-READS = ("quality.comparison",)
 SMOKE = False
 SETTINGS = {
     "model": "{model}", "samples": Scaled(4, 50), "length": Scaled(32, 128), "micro batch": 2,
     "threads": 2, "rounds": 1,
 }  # fmt: skip
-DECIDED_BY = (*PRUNING, "baselines")
+DECIDED_BY = PRUNING
 
 
 def measure(request: Request, wanted: Names) -> Measured:
@@ -94,20 +90,4 @@ def memory_of(chosen: Values) -> dict[str, float]:
 
 
 def summarise(cells: Cells) -> Values:
-    rows = {comparison.Place.of(name): cell for name, cell in cells.items() if name not in CELLS}
-    scored = {
-        place.method: row["seconds"]["score"]
-        for place, row in rows.items()
-        if (place.model, place.ratio, place.state) == (SMOLLM2, "0.2", comparison.CUT)
-    }
-    quickest = min((method for method in scored if method != comparison.OURS), key=lambda method: float(scored[method]))
-    head = comparison.SETTINGS
-    return {
-        **cells["time"], **cells["memory"], "score_seconds": scored, "quickest": quickest,
-        "samples": head["samples"], "sample_length": head["sample length"],
-    }  # fmt: skip
-
-
-def figures(summary: Values) -> Figures:
-    scored = summary["score_seconds"]
-    return [bars("estimation-cost", {"seconds": list(scored.values())}, list(scored), x="seconds")]
+    return {**cells["time"], **cells["memory"]}

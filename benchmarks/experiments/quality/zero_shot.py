@@ -72,7 +72,7 @@ def summarise(found: Cells) -> Values:
     table = task_table(Comparison.model_validate(whole), float(RATIO))
     against = differences(whole)
     return {
-        "tasks": to_markdown(table), "differences": against,
+        "tasks": to_markdown(table), "differences": against, "count": len(against),
         "more": sum(one["low"] > 0 for one in against), "less": sum(one["high"] < 0 for one in against),
     }  # fmt: skip
 
