@@ -24,8 +24,9 @@ NAMES = {
     models.LARGE: "Qwen2.5-Coder 1.5B",
 }  # fmt: skip
 OURS_RUNS = ("default", "fast")
-BASELINE = {"llm-pruner": False, "llm-pruner-restored": True}
-"""Runs of `models` with a baseline, and whether it was reconstructed."""
+BASELINE = {"llm-pruner": comparison.CUT, "llm-pruner-restored": comparison.RESTORED}
+"""Runs of `models` with a baseline, and their states in the comparison."""
+STATES = {comparison.CUT: "as published", comparison.RESTORED: "with our reconstruction"}
 RECORDING = ROOT / "docs" / "front" / "terminal.cast.gz"
 """Of the animation, made by `make animation`."""
 ENDING = re.compile(r"took (\d+) s, at most ([\d.]+) GB of memory")
@@ -81,15 +82,15 @@ def _of_models(request: Request) -> Iterable[Point]:
         preset = _ours(model, cells)
         if preset is not None:
             yield Point(model, OURS, True, removed, cells[f"{model}/{preset}"]["ratio"]["wikitext2"])
-        for run, restored in BASELINE.items():
+        for run, state in BASELINE.items():
             if f"{model}/{run}" in cells:
                 ratio = cells[f"{model}/{run}"]["ratio"]["wikitext2"]
-                yield Point(model, LLM_PRUNER, restored, removed, ratio)
+                yield Point(model, LLM_PRUNER, state == comparison.RESTORED, removed, ratio)
 
 
 def front(request: Request) -> dict[str, Any]:
     """What the templates of the front page read."""
-    at = _at(cells_of("quality.models", request))
+    at = _at(request)
     compared = [row["model"] for row in at]
     return {
         "points": points(request), "missing": [name for name in NAMES.values() if name not in compared],
@@ -98,16 +99,33 @@ def front(request: Request) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _at(cells: Mapping[str, Values]) -> list[Values]:
-    """WikiText-2 of ours and of LLM-Pruner, of each model where both are measured. cells: of `models`."""
-    found: list[Values] = []
+def _at(request: Request) -> list[Values]:
+    """Ours and LLM-Pruner with 20 % removed, of each model where both are measured: of the comparison, or of `models`.
+
+    ours: by preset, or '' in the comparison, whose reconstruction is the same for all methods. baselines: by state.
+    """
+    compared, cells, found = _compared(request), cells_of("quality.models", request), list[Values]()
     for model, name in NAMES.items():
-        runs = {run: cells[f"{model}/{run}"]["ratio"]["wikitext2"] for run in models.RUNS if f"{model}/{run}" in cells}
-        if _ours(model, cells) is not None and BASELINE.keys() & runs.keys():
-            baselines = [(restored, runs[run]) for run, restored in BASELINE.items() if run in runs]
-            found.append(
-                {"model": name, "ours": {run: runs[run] for run in OURS_RUNS if run in runs}, "baselines": baselines}
-            )
+        ours, theirs = (
+            {
+                state: compared[place]["ratio"]
+                for state in STATES
+                if (place := comparison.Place(model, method, comparison.RATIOS[0], state)) in compared
+            }
+            for method in (OURS, LLM_PRUNER)
+        )
+        if comparison.RESTORED in ours and theirs:
+            row = {"ours": {"": ours[comparison.RESTORED]}, "baselines": [(STATES[one], theirs[one]) for one in theirs]}
+        else:
+            runs = {
+                run: cells[f"{model}/{run}"]["ratio"]["wikitext2"] for run in models.RUNS if f"{model}/{run}" in cells
+            }
+            row = {
+                "ours": {run: runs[run] for run in OURS_RUNS if run in runs},
+                "baselines": [(STATES[state], runs[run]) for run, state in BASELINE.items() if run in runs],
+            }
+        if row["ours"] and row["baselines"]:
+            found.append({"model": name, **row})
     return found
 
 
