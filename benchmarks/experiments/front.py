@@ -79,13 +79,17 @@ def _compared(request: Request) -> Mapping[comparison.Place, Values]:
 def _of_models(request: Request) -> Iterable[Point]:
     removed, cells = experiment("quality.models").chosen(request)["pruning ratio"], cells_of("quality.models", request)
     for model in NAMES:
-        preset = _ours(model, cells)
+        runs, preset = _wikitext2(model, cells), _ours(model, cells)
         if preset is not None:
-            yield Point(model, OURS, True, removed, cells[f"{model}/{preset}"]["ratio"]["wikitext2"])
+            yield Point(model, OURS, True, removed, runs[preset])
         for run, state in BASELINE.items():
-            if f"{model}/{run}" in cells:
-                ratio = cells[f"{model}/{run}"]["ratio"]["wikitext2"]
-                yield Point(model, LLM_PRUNER, state == comparison.RESTORED, removed, ratio)
+            if run in runs:
+                yield Point(model, LLM_PRUNER, state == comparison.RESTORED, removed, runs[run])
+
+
+def _wikitext2(model: str, cells: Mapping[str, Values]) -> dict[str, float]:
+    """The ratio of each measured run of a model. cells: of `models`."""
+    return {run: cells[f"{model}/{run}"]["ratio"]["wikitext2"] for run in models.RUNS if f"{model}/{run}" in cells}
 
 
 def front(request: Request) -> dict[str, Any]:
@@ -106,27 +110,23 @@ def _at(request: Request) -> list[Values]:
     """
     compared, cells, found = _compared(request), cells_of("quality.models", request), list[Values]()
     for model, name in NAMES.items():
-        ours, theirs = (
-            {
-                state: compared[place]["ratio"]
-                for state in STATES
-                if (place := comparison.Place(model, method, comparison.RATIOS[0], state)) in compared
-            }
-            for method in (OURS, LLM_PRUNER)
-        )
+        ours, theirs = (_states(model, method, compared) for method in (OURS, LLM_PRUNER))
         if comparison.RESTORED in ours and theirs:
-            row = {"ours": {"": ours[comparison.RESTORED]}, "baselines": [(STATES[one], theirs[one]) for one in theirs]}
+            presets = {"": ours[comparison.RESTORED]}
         else:
-            runs = {
-                run: cells[f"{model}/{run}"]["ratio"]["wikitext2"] for run in models.RUNS if f"{model}/{run}" in cells
-            }
-            row = {
-                "ours": {run: runs[run] for run in OURS_RUNS if run in runs},
-                "baselines": [(STATES[state], runs[run]) for run, state in BASELINE.items() if run in runs],
-            }
-        if row["ours"] and row["baselines"]:
-            found.append({"model": name, **row})
+            runs = _wikitext2(model, cells)
+            presets = {run: runs[run] for run in OURS_RUNS if run in runs}
+            theirs = {state: runs[run] for run, state in BASELINE.items() if run in runs}
+        if presets and theirs:
+            baselines = [(STATES[state], ratio) for state, ratio in theirs.items()]
+            found.append({"model": name, "ours": presets, "baselines": baselines})
     return found
+
+
+def _states(model: str, method: str, compared: Mapping[comparison.Place, Values]) -> dict[str, float]:
+    """The ratio of a method in each state that is measured, with 20 % removed."""
+    places = {state: comparison.Place(model, method, comparison.RATIOS[0], state) for state in STATES}
+    return {state: compared[place]["ratio"] for state, place in places.items() if place in compared}
 
 
 def _ours(model: str, cells: Mapping[str, Any]) -> str | None:

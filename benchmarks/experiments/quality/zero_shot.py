@@ -7,7 +7,7 @@ from typing import Any
 from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from harness.store import read_json
-from lab.commands import TEST, VALIDATION, flags_from, in_own_process, run_here
+from lab.commands import TEST, VALIDATION, compared, flags_from
 
 from saap.core.evaluation_records import Comparison, TaskResult
 from saap.evaluation.bootstrap import kept_share, usual_answers
@@ -36,11 +36,9 @@ def cells(request: Request) -> Names:
 
 def measure(request: Request, wanted: Names) -> Measured:
     """One `saap compare`; finished rows stay in its folder."""
-    folder, flags = request.work.resolve() / "zero-shot", flags_from(request.settings)
-    flags += ["--task-data", str(Path(request.given["tasks"]).resolve()), "--restore", "both", "--rounded-tasks"]
-    flags += ["--methods", ",".join(METHODS), "--pruning-ratio", RATIO]
-    in_own_process(run_here, ["compare", request.model, "--out", str(folder), *flags])
-    result = read_json(folder / "comparison.json")
+    folder, tasks = request.work.resolve() / "zero-shot", Path(request.given["tasks"]).resolve()
+    flags = [*flags_from(request.settings), "--task-data", tasks, "--rounded-tasks", "--pruning-ratio", RATIO]
+    result = compared(request.model, {"both": METHODS}, *flags, out=folder)
     known = {HEAD: {name: result[name] for name in ("model", "settings", "versions")}, DENSE: packed(result["dense"])}
     for name in wanted:
         yield name, known[name] if name in known else packed(read_json(folder / "rows" / f"{name}.json"))
