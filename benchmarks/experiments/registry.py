@@ -7,7 +7,7 @@ MODULES = (
     "method.selection", "method.importance", "method.break_conditions", "method.ablation",
     "method.allocation", "method.calibration", "quality.families", "quality.experts",
     "quality.vocabulary", "quality.multilingual", "quality.multimodal", "quality.recovery",
-    "quality.own_data", "quality.group_sizes", "quality.vllm", "quality.generation", "method.overlap",
+    "quality.group_sizes", "quality.vllm", "method.overlap",
     "cost.estimation_cost", "cost.cost", "cost.shapes", "cost.expert_shapes", "cost.speed",
     "cost.vllm_speed", "cost.processes", "cost.accelerator", "cost.device_limit", "cost.forecast",
     "cost.hardware", "cost.gguf_files", "quality.mlx", "cost.gguf_types",

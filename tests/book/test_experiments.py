@@ -9,7 +9,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from experiments.quality import comparison, experts
+from experiments.quality import comparison, experts, recovery
 from experiments.quality.generation import TASKS, facts
 from experiments.quality.zero_shot import packed, unpacked
 from experiments.registry import EXPERIMENTS
@@ -21,7 +21,10 @@ from tests.book.test_pages import numbers_without_source
 from tests.pipeline import tiny
 
 TRIED = [one for one in EXPERIMENTS if one.smoke and one.name != "accelerator"]
-FEW = {"families": ("bloom",), "calibration": 10, "experts": (*experts.CELLS, *experts.EXTRA)}
+FEW = {
+    "families": ("bloom",), "calibration": 10, "experts": (*experts.CELLS, *experts.EXTRA),
+    "recovery": tuple(cell for cell in recovery.CELLS if cell.startswith(f"{recovery.MAIN}/")),
+}  # fmt: skip
 """Cells that are enough for a smoke run: by name, or so many of the first."""
 
 
