@@ -3,12 +3,11 @@
     python scripts/bundle_texts.py SOURCE_FOLDER
 
 SOURCE_FOLDER holds books_en/*.txt (novels), sotu_en.txt (addresses, by year), wikipedia_en.txt (one article a line),
-wikitext2/{test,validation}.jsonl, flores200/LANGUAGE.devtest.txt (one sentence a line) and
-zeroshot/{arc_easy,openbookqa}.test.jsonl (query, choices, label). The encyclopaedia is joined by articles that were
-written for saap (scripts/texts). The same sources give the same bytes. Three parts
-never overlap: what is bundled for calibration, what is bundled for evaluation, and what is left to the benchmarks (one
-whole novel, the last quarter of the addresses). Of FLORES, whose sentences are the same in every language, the
-benchmarks calibrate on the first half and measure on the second.
+wikitext2/{test,validation}.jsonl and flores200/LANGUAGE.devtest.txt (one sentence a line). The encyclopaedia is joined
+by articles that were written for saap (scripts/texts). The same sources give the same bytes. Three parts never overlap:
+what is bundled for calibration, what is bundled for evaluation, and what is left to the benchmarks (one whole novel,
+the last quarter of the addresses). Of FLORES, whose sentences are the same in every language, the benchmarks calibrate
+on the first half and measure on the second.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import gzip
-import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +60,6 @@ EVALUATION_ARTICLES = range(20, 23)
 ARTICLE_LENGTH = 14_000
 BENCHMARK_CHARACTERS = 120_000
 BENCHMARK_NOVEL = "Burnett_Garden_1911.txt"
-QUESTION_TASKS = ("arc_easy", "openbookqa")
-QUESTIONS = 200
-LONGEST_ANSWER = 3
-"""Words: a longer answer can be put in many ways, so that one of them says little."""
 FLORES_LANGUAGES = ("eng_Latn", "fra_Latn", "deu_Latn", "spa_Latn", "zho_Hans")
 
 
@@ -114,13 +107,6 @@ def addresses(folder: Path) -> str:
 def from_next_line(text: str, position: int) -> str:
     """The text after the first line break at or after `position`."""
     return text[text.index("\n", position) + 1 :].lstrip()
-
-
-def open_questions(lines: Iterable[str], limit: int) -> list[dict[str, str]]:
-    """Questions of several choices as open ones: the first `limit` whose right choice has few enough words."""
-    rows = [json.loads(line) for line in lines]
-    found = [{"prompt": row["query"], "answer": row["choices"][row["label"]].strip().rstrip(".")} for row in rows]
-    return [question for question in found if len(question["answer"].split()) <= LONGEST_ANSWER][:limit]
 
 
 def write_compressed(path: Path, data: bytes) -> None:
@@ -177,12 +163,6 @@ def main() -> None:
         for purpose, half in halves.items():
             name = f"{language.partition('_')[0]}.{purpose}.txt.gz"
             write_compressed(BENCHMARKS / "flores200" / name, "\n".join(half).encode())
-    for task in QUESTION_TASKS:
-        lines = (folder / "zeroshot" / f"{task}.test.jsonl").read_text(encoding="utf-8").splitlines()
-        file = BENCHMARKS / "questions" / f"{task}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        rows = (json.dumps(question, ensure_ascii=False) + "\n" for question in open_questions(lines, QUESTIONS))
-        file.write_text("".join(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 from experiments.quality import comparison, experts, recovery
-from experiments.quality.generation import TASKS, facts
 from experiments.quality.zero_shot import packed, unpacked
 from experiments.registry import EXPERIMENTS
 from harness.driver import measure, state_of
 from harness.experiment import Experiment, Request
 from harness.pages import summary_of, write_pages
-from harness.store import ROOT
 from tests.book.test_pages import numbers_without_source
 from tests.pipeline import tiny
 
@@ -106,23 +103,3 @@ def test_ours_is_compared_with_the_best_baseline_where_all_are_measured():
     assert (row["best"], row["side"], row["quotient"]) == ("llm-pruner-element2@ffn", "cut only", 1.2 / 1.5)
     del cells["smollm2/flap/0.2/cut"]
     assert comparison.summarise(cells)["against"] == []
-
-
-def test_open_questions_have_short_answers():
-    rows = [
-        {"query": "Q: 1?\nA:", "choices": ["one two three four", "x"], "label": 0},
-        {"query": "Q: 2?\nA:", "choices": ["x", "water."], "label": 1},
-        {"query": "Q: 3?\nA:", "choices": ["ice", "x"], "label": 0},
-    ]
-    open_questions = runpy.run_path(str(ROOT / "scripts" / "bundle_texts.py"))["open_questions"]
-    found = [(question["prompt"], question["answer"]) for question in open_questions(map(json.dumps, rows), 5)]
-    assert found == [("Q: 2?\nA:", "water"), ("Q: 3?\nA:", "ice")]
-    assert len(open_questions(map(json.dumps, rows), 1)) == 1
-
-
-def test_the_questions_of_the_tasks_are_there():
-    sets = facts(200)
-    assert {name: len(questions) for name, questions in sets.items() if name in TASKS} == dict.fromkeys(TASKS, 200)
-    for name in TASKS:
-        assert all(question.answer and len(question.answer.split()) <= 3 for question in sets[name])
-    assert all(len(questions) == 4 for questions in facts(4).values())
