@@ -185,12 +185,13 @@ def prune(
     merge_experts: Merge removed experts into the kept ones by least squares, in place of dropping them.
     preset: paper: the paper's stages; the others: ours, in little to much time.
     seed: Seed of every random choice.
-    output_dir: Folder to write; for `saap prune MODEL.gguf --roles expert` also NAME.gguf.
+    output_dir: Folder to write.
     overwrite: Replace the result if it exists.
     work_dir: Folder of finished stages.
     keep_work: Keep the stage files after success.
     device: auto, cpu, cuda, cuda:N or mps.
-    dtype: auto, float32, float16 or bfloat16: of the written weights, else to compute in.
+    dtype: auto, float32, float16 or bfloat16: type of the written weights; of commands that write none, to compute
+        in.
     max_memory: Memory limit, e.g. 6GB; blocks are offloaded to meet it.
     device_map: Split blocks over devices: auto, balanced or sequential.
     revision: Branch, tag or commit of a hub model.
@@ -276,12 +277,13 @@ def recover(
     exact_products: Train in full float32 on the CPU too: slower.
     shard: Split frozen weights over the processes (FSDP): slower, less memory.
     seed: Seed of every random choice.
-    output_dir: Folder to write; for `saap prune MODEL.gguf --roles expert` also NAME.gguf.
+    output_dir: Folder to write.
     overwrite: Replace the result if it exists.
     work_dir: Folder of finished stages.
     keep_work: Keep the stage files after success.
     device: auto, cpu, cuda, cuda:N or mps.
-    dtype: auto, float32, float16 or bfloat16: of the written weights, else to compute in.
+    dtype: auto, float32, float16 or bfloat16: type of the written weights; of commands that write none, to compute
+        in.
     revision: Branch, tag or commit of a hub model.
     trust_remote_code: Run code that the model repository ships.
     """
@@ -341,7 +343,8 @@ def evaluate(
     gguf_type: Of the weights in llama.cpp.
     seed: Seed of sampled text.
     device: auto, cpu, cuda, cuda:N or mps.
-    dtype: auto, float32, float16 or bfloat16: of the written weights, else to compute in.
+    dtype: auto, float32, float16 or bfloat16: type of the written weights; of commands that write none, to compute
+        in.
     revision: Branch, tag or commit of a hub model.
     trust_remote_code: Run code that the model repository ships.
     """

@@ -15,6 +15,8 @@ MODELS = {
     "Qwen2.5-0.5B": llama(896, 4864, 24, 14, 151936, keys=2, tied=True),
     "Qwen2.5-1.5B": SHAPES["1.5b"],
     "LLaMA-7B": SHAPES["7b"],
+    "Mistral-7B": llama(4096, 14336, 32, 32, 32000, keys=8),
+    "Qwen2.5-7B": llama(3584, 18944, 28, 28, 152064, keys=4),
     "LLaMA-13B": SHAPES["13b"],
     "Qwen3-30B-A3B": experts_30b(48),
     "Qwen2.5-32B": llama(5120, 27648, 64, 40, 152064, keys=8),

@@ -46,7 +46,7 @@ class Stages(Settings):
             metavar="NAME[,NAME...]",
         ),
     ] = ()
-    dry_run: Annotated[bool, output_flag("Stop before the estimation; print what would be done.")] = False
+    dry_run: Annotated[bool, output_flag("Write nothing; print the forecast of time, memory and disk.")] = False
 
 
 def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions, display: Display) -> None:

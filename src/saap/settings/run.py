@@ -36,11 +36,7 @@ class RunOptions(Settings):
     out: Annotated[
         Path | None,
         AfterValidator(with_name),
-        out_flag(
-            "Folder to write; for `saap prune MODEL.gguf --roles expert` also NAME.gguf.",
-            name="output_dir",
-            metavar="DIR",
-        ),
+        out_flag("Folder to write.", name="output_dir", metavar="DIR"),
     ] = None
     overwrite: Annotated[bool, result_flag("Replace the result if it exists.")] = False
     work_dir: Annotated[
@@ -50,7 +46,7 @@ class RunOptions(Settings):
     device: Annotated[str, model_flag("auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")] = "auto"
     dtype: Annotated[
         str,
-        model_flag("auto, float32, float16 or bfloat16: of the written weights, else to compute in.", metavar="DTYPE"),
+        model_flag("auto, float32, float16 or bfloat16: type of the written weights; of commands that write none, to compute in.", metavar="DTYPE"),
     ] = "auto"
     max_memory: Annotated[
         Bytes | None, model_flag("Memory limit, e.g. 6GB; blocks are offloaded to meet it.", metavar="BYTES")
