@@ -190,8 +190,7 @@ def prune(
     work_dir: Folder of finished stages.
     keep_work: Keep the stage files after success.
     device: auto, cpu, cuda, cuda:N or mps.
-    dtype: auto, float32, float16 or bfloat16: type of the written weights; of commands that write none, to compute
-        in.
+    dtype: auto, float32, float16 or bfloat16: of the written weights; else to compute in.
     max_memory: Memory limit, e.g. 6GB; blocks are offloaded to meet it.
     device_map: Split blocks over devices: auto, balanced or sequential.
     revision: Branch, tag or commit of a hub model.
@@ -282,8 +281,7 @@ def recover(
     work_dir: Folder of finished stages.
     keep_work: Keep the stage files after success.
     device: auto, cpu, cuda, cuda:N or mps.
-    dtype: auto, float32, float16 or bfloat16: type of the written weights; of commands that write none, to compute
-        in.
+    dtype: auto, float32, float16 or bfloat16: of the written weights; else to compute in.
     revision: Branch, tag or commit of a hub model.
     trust_remote_code: Run code that the model repository ships.
     """
@@ -343,8 +341,7 @@ def evaluate(
     gguf_type: Of the weights in llama.cpp.
     seed: Seed of sampled text.
     device: auto, cpu, cuda, cuda:N or mps.
-    dtype: auto, float32, float16 or bfloat16: type of the written weights; of commands that write none, to compute
-        in.
+    dtype: auto, float32, float16 or bfloat16: of the written weights; else to compute in.
     revision: Branch, tag or commit of a hub model.
     trust_remote_code: Run code that the model repository ships.
     """

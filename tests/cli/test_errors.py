@@ -56,6 +56,19 @@ def test_existing_output_is_kept(capsys, tmp_path, source) -> None:
     code, _, error = run(capsys, "prune", source, "--pruning-ratio", "0.2", "--out", out, "--overwrite")
     assert code == 2
     assert [file.read_text() for file in out.iterdir()] == ["mine"]
+    (out / "mine.txt").rename(out / "config.json")
+    (out / "config.json").write_text('{"port": 80}')  # the configuration of another program
+    code, _, error = run(capsys, "prune", source, "--pruning-ratio", "0.2", "--out", out, "--overwrite")
+    assert (code, "not a model" in error) == (2, True)
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    code, _, error = run(capsys, "prune", source, "--pruning-ratio", "0.2", "--out", link, "--overwrite")
+    assert (code, "is a link" in error) == (2, True)
+
+
+def test_a_place_that_the_system_refuses_is_one_sentence(capsys, source, tmp_path) -> None:
+    code, _, error = run(capsys, "prune", source, "--pruning-ratio", "0.2", "--out", tmp_path / ("a" * 300))
+    assert (code, "File name too long" in error, "Traceback" in error) == (2, True, False)
 
 
 def test_missing_model(capsys, tmp_path) -> None:

@@ -28,7 +28,7 @@ from saap.export.huggingface import (
     with_both_rope_spellings,
     write_checkpoint,
 )
-from saap.export.model_card import escape, licence_of, model_card
+from saap.export.model_card import escape, licence_of, model_card, opens_with_code
 from saap.export.placing import check_output
 from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.pruned_structure import mark_pruned
@@ -283,6 +283,10 @@ def test_the_card_tells_how_to_open_the_model_and_escapes_foreign_text(tmp_path:
     assert 'AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)' in card
     assert 'AutoTokenizer.from_pretrained("PATH", trust_remote_code=False)' in card
     assert "trust_remote_code" not in model_card(manifest(Layout.UNIFORM), "llama", tmp_path)
+    own = {"model_type": "unknown_to_transformers", "auto_map": {"AutoModelForCausalLM": "own.Own"}}
+    assert opens_with_code(own)
+    assert not opens_with_code({**own, "model_type": "llama"})
+    assert 'PATH", trust_remote_code=True)' in model_card(manifest(Layout.UNIFORM), "own", tmp_path, own_code=True)
     assert "<script>" not in card
     assert "\n# [a]" not in card
     assert re.search(r"\| 100 \| 80 \| 20\.0% \|", card)

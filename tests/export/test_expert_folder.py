@@ -127,7 +127,11 @@ def previewed(folder: Path, size: int) -> tuple[str | None, int | None]:
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_the_experts_that_stay_are_the_sources_to_the_bit(tmp_path: Path, name: str) -> None:
     folder, out = published(tmp_path, name), tmp_path / "small"
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoConfig": "own.Own"}}))
+    (folder / "own.py").write_text("mine")
     result = saap.prune(folder, out=out, layout="uniform", restore=False, **OPTIONS)
+    assert (out / "own.py").read_text() == "mine"
     old, new = tensors_of(folder), tensors_of(out)
     keep = {layer: result.plan.keep[f"layers.{layer}.expert"] for layer in (0, 1)}
     (count,) = {len(units) for units in keep.values()}

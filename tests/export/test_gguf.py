@@ -494,3 +494,11 @@ def test_a_template_that_is_more_than_text_around_messages_is_left_to_ollama(tmp
     assert chat_template(tokenizer) is None
     text = modelfile(tmp_path / "m.gguf", tokenizer, context=512)
     assert text == "FROM ./m.gguf\nPARAMETER num_ctx 512\n"
+
+
+def test_llama_cpp_adds_the_first_token_itself_and_a_template_without_system_prompts_keeps_its_turns() -> None:
+    refusing = "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    template = chat_template(byte_tokenizer(chat_template=refusing, bos=True))
+    assert template is not None
+    assert "<bos>" not in template
+    assert "{{ if eq $index 1 }}<|user|>{{ else }}" in template

@@ -105,7 +105,7 @@ def test_each_kind_opens_without_code_and_without_a_question(model_folder: Path,
     folders = every_kind(model_folder, tmp_path)
     for folder in folders:
         assert str(tmp_path) not in (folder / "tokenizer_config.json").read_text()
-        assert tokenizer_option(folder, adaptive=True) == ", trust_remote_code=False"
+        assert tokenizer_option(folder, with_code=True) == ", trust_remote_code=False"
     assert opened(list(folders), {"trust_remote_code": False}) == list(folders.values())
 
 

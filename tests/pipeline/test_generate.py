@@ -53,7 +53,7 @@ def test_the_answer_of_a_report_is_what_the_command_writes() -> None:
 def test_sampling_follows_the_seed_and_the_temperature() -> None:
     logits = torch.tensor([0.0, 1.0, 3.0])
     generator = torch.Generator().manual_seed(0)
-    assert choose(logits, 0.0, generator) == 2
+    assert choose(logits, 0.0, generator) == choose(logits, 1e-40, generator) == 2
     drawn = [choose(logits, 2.0, generator) for _ in range(3000)]
     share = torch.softmax(logits / 2, -1)
     for token in range(3):

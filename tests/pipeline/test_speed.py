@@ -21,6 +21,8 @@ from saap.pipeline.evaluate import speed
 from saap.pipeline.prune import speed_target
 from saap.pipeline.prune.run import preview, run_prune
 from saap.pipeline.shared.inputs import RunOptions
+from saap.settings.evaluate import SpeedSettings
+from saap.settings.export import GgufType
 from saap.settings.prune import PruneConfig
 from saap.settings.registry import RuntimeName
 
@@ -171,6 +173,21 @@ def test_the_command_measures_beside_another_model(
         assert read == parameters - embedding  # llama's output has a weight of its own
     assert found["bytes_ratio"] == found["against"]["bytes_per_token"] / found["model"]["bytes_per_token"] > 1
     assert min(found["prefill_speedup"], found["decode_speedup"], found["model"]["decode"]) > 0
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "llama.cpp"])
+def test_experts_that_no_token_is_routed_to_are_not_read(tmp_path: Path, runtime: str) -> None:
+    folder = tiny.mixture_folder(tmp_path / "mixture")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"norm_topk_prob": True}))  # as llama.cpp has it
+    of_file = {"gguf_type": GgufType.F32} if runtime == "llama.cpp" else {}
+    settings = SpeedSettings(runtime=RuntimeName(runtime), prompt_tokens=4, new_tokens=2, **of_file)
+    model = saap.load(folder, device="cpu")
+    experts = sum(one.nbytes for name, one in model.named_parameters() if ".experts." in name)
+    unread = model.get_input_embeddings().weight.nbytes + experts * 6 // 8
+    with settings.runtime.load().opened(str(folder), settings) as opened:
+        read = sum(one.nbytes for one in model.parameters()) - unread
+        assert opened.bytes_per_token == pytest.approx(read, rel=0.01)
 
 
 def test_the_table_shows_the_base_of_a_pruned_folder(

@@ -239,3 +239,14 @@ def test_a_damaged_manifest_is_refused(tmp_path) -> None:
     (tmp_path / "saap" / "manifest.json").write_text('{"seed": 1}')
     with pytest.raises(ModelError, match="not a manifest of this version"):
         build_page(tmp_path)
+
+
+def test_a_task_that_one_model_was_not_asked_has_an_empty_cell(model_folder, tmp_path) -> None:
+    parts = ({"arc_easy": task([1, 0, 0, 1])}, {"arc_easy": task([1, 1, 0, 1]), "piqa": task([1, 1, 1, 1])})
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, tasks in zip(paths, parts, strict=True):
+        path.write_text(json.dumps({"model": path.stem, "tasks": tasks}))
+    (section,) = [one for one in build_page(model_folder, paths, None).sections if one.name == "tasks"]
+    ((_, (headings, rows)),) = section.tables
+    assert headings == ["task", "first", "second"]
+    assert [(row[0], bool(row[1]), bool(row[2])) for row in rows] == [("arc_easy", True, True), ("piqa", False, True)]

@@ -86,6 +86,10 @@ def main() -> None:
         resumes = not RESUMABLE.isdisjoint(sys.argv[1:2])
         kept = ": finished stages are kept; the same command resumes from there." if resumes else "."
         leave(130, f"interrupted{kept}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        leave(2, f"error: {error.filename} cannot be used ({error.strerror}). Choose another place.")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from functools import partial
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -116,6 +117,8 @@ def _talk(speakers: tuple[Any, ...], settings: GenerationSettings) -> None:
 
 def _questions() -> Iterator[str]:
     """The lines that are not empty, with a prompt for whoever types them."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()

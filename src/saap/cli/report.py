@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import click
+from pydantic import AfterValidator
 
 from saap.cli.flags import Argument
-from saap.settings.run import out_flag
+from saap.settings.run import out_flag, with_name
 from saap.settings.setting import Flag, Settings
 
 
@@ -16,8 +17,9 @@ class PageSettings(Settings):
     """Contents and destination of a page."""
 
     out: Annotated[
-        Path | None, out_flag("Page to write.", panel="", name="output_file", metavar="FILE", default="DIR-report.html")
-    ] = None
+        Path | None, AfterValidator(with_name),
+        out_flag("Page to write.", panel="", name="output_file", metavar="FILE", default="DIR-report.html"),
+    ] = None  # fmt: skip
     evaluations: Annotated[
         tuple[Path, ...], Flag("Report of `saap eval -o FILE`, repeatable.", flag="--eval", metavar="FILE")
     ] = ()
@@ -38,7 +40,7 @@ def report(
     from saap.reporting.report import build_page, write_page
 
     source = Path(directory)
-    folder = (source if source.is_dir() else source.parent).absolute()
+    folder = (source if source.is_dir() else source.parent).resolve()
     target = page.out if page.out is not None else folder.with_name(folder.name + "-report.html")
     for path in write_page(build_page(source, page.evaluations, page.comparison), target, page.figures):
         print(f"wrote {path}")

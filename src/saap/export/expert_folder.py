@@ -77,7 +77,8 @@ class FolderExperts:
                 settings[name] = [new for one in value if (new := self._module(one, keep)) is not None]
         write_json(out / "config.json", config)
         write_shards(self._entries(keep), out)
-        copy_matching(self.folder, out, (*FOLDER_FILES, *IMAGE_FILES))
+        code = ("*.py",) if "auto_map" in config else ()
+        copy_matching(self.folder, out, (*FOLDER_FILES, *IMAGE_FILES, *code))
 
     def _module(self, name: str, keep: Mapping[int, Sequence[int]]) -> str | None:
         """The path of a module after the removal; None if it is removed."""

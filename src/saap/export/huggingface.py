@@ -20,7 +20,7 @@ from saap.core.manifest import RunManifest
 from saap.core.records import ImportanceScores, Layout, ModelGraph, StructurePlan
 from saap.core.storage import write_plan, write_scores, write_whole
 from saap.core.vocabulary import VOCABULARY, VocabularyMap, write_vocabulary
-from saap.export.model_card import model_card, opens_only_in_mlx
+from saap.export.model_card import model_card, opens_only_in_mlx, opens_with_code
 from saap.export.placing import check_output, whole_folder
 from saap.export.uniform_layout import stock_config
 from saap.models.checkpoint import modeling_pruned
@@ -146,6 +146,7 @@ def write_records(folder: Path, manifest: RunManifest, *, loading: str | None = 
     card = model_card(
         manifest, config.get("base_model_type", config["model_type"]), folder, loading=loading,
         refused_by_vllm=refused_by_vllm(config), library="mlx" if opens_only_in_mlx(config) else "transformers",
+        own_code=opens_with_code(config),
     )  # fmt: skip
     write_whole(folder / "saap" / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
     write_whole(folder / "README.md", card.encode())

@@ -11,7 +11,9 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCardData, metadata_load
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from saap.core.errors import printable
 from saap.core.manifest import RunManifest
 from saap.core.records import Layout
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
@@ -25,12 +27,13 @@ _TUNINGS = {
     "full": "all weights of the blocks trained in full precision",
     "router": "only the routers of the experts trained, in full precision",
 }
+CODE_OPTION = ", trust_remote_code=True"
 _SPECIAL = re.compile(r"([\\`*_\[\]|~])")
 
 
 def escape(text: str) -> str:
     """Text from a model's files as plain words in Markdown: one line, no markup, no HTML, at most 200 characters."""
-    one_line = " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
+    one_line = " ".join(printable(text).split())[:200]
     return _SPECIAL.sub(r"\\\1", one_line.replace("&", "&amp;").replace("<", "&lt;"))
 
 
@@ -45,12 +48,12 @@ def licence_of(folder: Path) -> str | None:
 
 def model_card(
     manifest: RunManifest, base_model_type: str, folder: Path, *, loading: str | None = None,
-    refused_by_vllm: str | None = None, library: str = "transformers",
+    refused_by_vllm: str | None = None, library: str = "transformers", own_code: bool = False,
 ) -> str:  # fmt: skip
     """Model card of `folder` as Markdown with YAML front matter.
 
     loading: how to open the model, if not as usual. refused_by_vllm: why vLLM cannot run the folder. library: name of
-    the hub for the program that opens it.
+    the hub for the program that opens it. own_code: whether a stock folder needs code of its own all the same.
     """
     base, opener = manifest.base, auto_class(base_model_type).__name__
     is_pruned = manifest.parameters.after < manifest.parameters.before or manifest.recovery is None
@@ -70,23 +73,29 @@ def model_card(
     return environment.from_string(template).render(
         manifest=manifest, front_matter=data.to_yaml(), name=name, full_name=base.source if named_by_id else name,
         base_model_type=base_model_type, auto_class=opener, loading=loading, refused_by_vllm=refused_by_vllm,
-        pruned=is_pruned,
-        tokenizer_option=tokenizer_option(folder, adaptive=manifest.layout is Layout.ADAPTIVE),
+        pruned=is_pruned, option=CODE_OPTION if own_code else "",
+        tokenizer_option=tokenizer_option(folder, with_code=own_code or manifest.layout is Layout.ADAPTIVE),
         data=", ".join(Path(text).name for text in manifest.recovery.data) if manifest.recovery else "",
         ways_of_tuning=_TUNINGS,
     )  # fmt: skip
 
 
-def tokenizer_option(folder: Path, *, adaptive: bool) -> str:
+def opens_with_code(config: Mapping[str, Any]) -> bool:
+    """Whether a folder with this config.json is opened by code that lies in it: ours, or that of its own repository."""
+    kind = config["model_type"]
+    return kind == MODEL_TYPE or ("auto_map" in config and kind not in CONFIG_MAPPING)
+
+
+def tokenizer_option(folder: Path, *, with_code: bool) -> str:
     """How the tokenizer of `folder` is opened: with code only if it is a class of the source's own repository.
 
-    Without the option, transformers 5 asks whether to run the folder's code, since it reads the model's configuration
-    first; with False, it asks nothing and runs nothing.
+    with_code: whether the model is opened with code. Without the option, transformers 5 then asks whether to run the
+    folder's code, since it reads the model's configuration first; with False, it asks nothing and runs nothing.
     """
     file = folder / "tokenizer_config.json"
     if file.is_file() and "auto_map" in json.loads(file.read_text(encoding="utf-8")):
-        return ", trust_remote_code=True"
-    return ", trust_remote_code=False" if adaptive else ""
+        return CODE_OPTION
+    return ", trust_remote_code=False" if with_code else ""
 
 
 def opens_only_in_mlx(config: Mapping[str, Any]) -> bool:
@@ -104,11 +113,12 @@ def load_lines(path: str | Path, config: Mapping[str, Any], folder: Path) -> tup
     """The exact lines that open a result from `path`. config: its config.json. folder: where its tokenizer is now."""
     adaptive = config["model_type"] == MODEL_TYPE
     opener = auto_class(config["base_model_type"] if adaptive else config["model_type"]).__name__
-    option = ", trust_remote_code=True" if adaptive else ""
+    with_code = opens_with_code(config)
+    option = CODE_OPTION if with_code else ""
     stock = (
         f"from transformers import {opener}, AutoTokenizer",
         f'model = {opener}.from_pretrained("{path}"{option})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{path}"{tokenizer_option(folder, adaptive=adaptive)})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}"{tokenizer_option(folder, with_code=with_code)})',
     )
     if not adaptive:
         return stock

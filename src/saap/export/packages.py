@@ -11,16 +11,12 @@ from saap.settings.registry import ExportFormat
 def check_packages(request: ExportRequest) -> None:
     """Raise ConfigurationError or ExportError if a package that the export needs is not installed."""
     request.format.check()
-    if request.format is ExportFormat.GGUF:
-        _check_llama_cpp(request)
-
-
-def _check_llama_cpp(request: ExportRequest) -> None:
-    needs = "Checking the file" if request.verify else ""
-    if request.quantization.made_by_llama_cpp:
-        needs = f"The type {request.quantization}"
-    if needs and not llama_cpp_is_installed():
-        remedy = "Run pip install 'saap[gguf]', or use --no-verify"
-        if request.quantization.made_by_llama_cpp:
-            remedy = "Run pip install 'saap[gguf]', or use --quantization q8_0 --no-verify"
-        raise ExportError(f"{needs} needs the package llama-cpp-py-sync", remedy)
+    by_llama_cpp = request.quantization.made_by_llama_cpp
+    opened = request.format is ExportFormat.GGUF and (request.verify or by_llama_cpp)
+    if opened and not llama_cpp_is_installed():
+        needs, flags = "Checking the file", "--no-verify"
+        if by_llama_cpp:
+            needs, flags = f"The type {request.quantization}", "--quantization q8_0 --no-verify"
+        raise ExportError(
+            f"{needs} needs the package llama-cpp-py-sync", f"Run pip install 'saap[gguf]', or use {flags}"
+        )

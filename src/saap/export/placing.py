@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import shutil
 import uuid
@@ -34,14 +35,24 @@ def check_place(out: Path, needed_bytes: int, flag: str = "--out") -> None:
 
 def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
     """Raise OutputError early if a folder could not be written at `out` later. needed_bytes: of the weights."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out} exists and is not a folder", "Choose another --out")
+    if out.is_symlink() or out.is_mount() or (out.exists() and not out.is_dir()):
+        what = "a link" if out.is_symlink() else "a mount point" if out.is_mount() else "not a folder"
+        raise OutputError(f"{out} exists and is {what}, which the result cannot replace", "Choose another --out")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise OutputError(f"The folder {out} exists", "Choose another --out, or use --overwrite")
-        if not (out / "config.json").is_file():
+        if not _is_model(out):
             raise OutputError(f"The folder {out} contains something that is not a model", "Choose another --out")
     check_place(out, needed_bytes)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether the folder has the configuration of a model, rather than that of any other program."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:

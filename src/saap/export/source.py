@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from saap.core.errors import ExportError
 from saap.core.manifest import RunManifest, read_manifest
 from saap.models.checkpoint.safetensor_files import Shape, StoredTensors, weight_files
 from saap.models.loading.pretrained import load_config, load_model, load_tokenizer
@@ -65,7 +66,7 @@ class ExportSource:
 
 
 def open_source(source: str | Path, revision: str | None = None) -> ExportSource:
-    """Open the model specified by a user; only quantised weights are read as a whole. Raises ModelError."""
+    """Open the model specified by a user; only quantised weights are read as a whole. Raises SaapError."""
     resolved = resolve_model(source, revision=revision)
     loaded, manifest = None, None if resolved.gguf_file is not None else read_manifest(resolved.folder)
     if resolved.gguf_file is not None or resolved.quantisation is not None:
@@ -73,6 +74,11 @@ def open_source(source: str | Path, revision: str | None = None) -> ExportSource
         config, tensors = loaded.config, StoredTensors.of_model(loaded)
     else:
         tensors = StoredTensors.in_files(weight_files(resolved.folder))
+        if "embed_tokens.weight" in tensors.shapes:
+            raise ExportError(
+                f"{resolved.source} was saved without its head: its tensors have no prefix `model.`",
+                "Open it with AutoModelForCausalLM, save it with save_pretrained, and give that folder",
+            )
         config = load_config(resolved)
     return ExportSource(
         config=config, tensors=tensors, resolved=resolved, tokenizer=load_tokenizer(resolved), manifest=manifest,

@@ -72,10 +72,12 @@ def _read(kind: type[_Record], path: Path, what: str, remedy: str) -> _Record:
 
 def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
     """Write the page, and its figures and tables as files if a folder is given. Returns the paths."""
+    place, flag = out, "--out"
     try:
         write_whole(out, render(page).encode())
         if figure_folder is None:
             return [out]
+        place, flag = figure_folder, "--figures"
         written = [out, *write_figures(page.figures, figure_folder)]
         tables = [(section.name, *table) for section in page.sections for table in section.tables]
         names = numbered(f"{section}-{slug(caption).lower()[:60].rstrip('-')}" for section, caption, _ in tables)
@@ -83,4 +85,4 @@ def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
             written += write_table(table, figure_folder / name, ("md", "tex"))
         return written
     except OSError as error:
-        raise OutputError(f"{out} cannot be written ({error.strerror})", "Choose another --out") from error
+        raise OutputError(f"{place} cannot be written ({error.strerror})", f"Choose another {flag}") from error

@@ -69,12 +69,15 @@ def _perplexity_section(found: Mapping[str, Mapping[str, Perplexity]]) -> Sectio
 
 
 def _task_section(tested: Mapping[str, Mapping[str, TaskResult]]) -> Section:
-    names = list(next(iter(tested.values())))
-    common = {model: tasks for model, tasks in tested.items() if list(tasks) == names}
-    rows = [[name, *(accuracy(tasks[name]) for tasks in common.values())] for name in names]
+    """Accuracies; a task that a model was not asked has an empty cell, and is not in the figure."""
+    names = dict.fromkeys(name for tasks in tested.values() for name in tasks)
+    rows = [[name, *(accuracy(tasks[name]) if name in tasks else "" for tasks in tested.values())] for name in names]
+    shared = [name for name in names if all(name in tasks for tasks in tested.values())]
+    drawn = {model: {name: tasks[name] for name in shared} for model, tasks in tested.items()}
     return Section(
-        name="tasks", title="Questions answered without examples", figures=[model_figures.accuracy(common)],
-        tables=[("Accuracy and standard error", (["task", *common], rows))],
+        name="tasks", title="Questions answered without examples",
+        figures=[model_figures.accuracy(drawn)] if shared else [],
+        tables=[("Accuracy and standard error", (["task", *tested], rows))],
     )  # fmt: skip
 
 

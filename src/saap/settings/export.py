@@ -1,6 +1,5 @@
 """Settings of `saap export`."""
 
-from collections.abc import Collection
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, Self
@@ -8,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, model_validator
 
 from saap.settings.registry import ExportFormat, RuntimeName
-from saap.settings.setting import AtLeast1, Flag, Settings, settings_of
+from saap.settings.setting import AtLeast1, Flag, Settings
 
 format_flag = partial(Flag, panel="Format")
 GGUF_TYPE = "Of the weights in llama.cpp."
@@ -73,7 +72,7 @@ class ExportRequest(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.format is not ExportFormat.GGUF and (given := self.given_flags(_OF_GGUF)):
+        if self.format is not ExportFormat.GGUF and (given := self.flags_given(*_OF_GGUF)):
             raise ValueError(
                 f"{' and '.join(given)} can only be given for GGUF files, not for {self.format}",
                 "Use --format gguf, or leave it out" if len(given) == 1 else "Use --format gguf, or leave them out",
@@ -84,8 +83,3 @@ class ExportRequest(Settings):
                 f"--imatrix changes nothing of {self.quantization}", f"Use one of {kinds}, or leave it out"
             )
         return self
-
-    def given_flags(self, fields: Collection[str] = ()) -> list[str]:
-        """The flags of the settings that were given, all or those of some fields."""
-        given = self.model_fields_set
-        return [one.flag for one in settings_of(type(self), tuple(fields)) if one.field in given]

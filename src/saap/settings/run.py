@@ -40,13 +40,14 @@ class RunOptions(Settings):
     ] = None
     overwrite: Annotated[bool, result_flag("Replace the result if it exists.")] = False
     work_dir: Annotated[
-        Path | None, result_flag("Folder of finished stages.", metavar="DIR", default="OUTPUT_DIR.saap-work")
-    ] = None
+        Path | None, AfterValidator(with_name),
+        result_flag("Folder of finished stages.", metavar="DIR", default="OUTPUT_DIR.saap-work"),
+    ] = None  # fmt: skip
     keep_work: Annotated[bool, result_flag("Keep the stage files after success.")] = False
     device: Annotated[str, model_flag("auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")] = "auto"
     dtype: Annotated[
         str,
-        model_flag("auto, float32, float16 or bfloat16: type of the written weights; of commands that write none, to compute in.", metavar="DTYPE"),
+        model_flag("auto, float32, float16 or bfloat16: of the written weights; else to compute in.", metavar="DTYPE"),
     ] = "auto"
     max_memory: Annotated[
         Bytes | None, model_flag("Memory limit, e.g. 6GB; blocks are offloaded to meet it.", metavar="BYTES")

@@ -113,9 +113,8 @@ class Settings(BaseModel):
         return {field: given[name] for name, field in found.items()}
 
     def flags_given(self, *fields: str) -> list[str]:
-        """The flags of those of these fields that were given a value."""
-        chosen = self.model_fields_set.intersection(fields)
-        return [setting.flag for setting in settings_of(type(self)) if setting.field in chosen]
+        """The flags of these fields that were given a value; of all fields if none is named."""
+        return [setting.flag for setting in settings_of(type(self), fields) if setting.field in self.model_fields_set]
 
 
 def require_none(faults: Iterable[tuple[object, str, str]]) -> None:

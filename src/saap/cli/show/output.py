@@ -101,8 +101,8 @@ def make_reporter(display: Display) -> Iterator[Reporter]:
         yield Silent()
     elif stream.isatty():
         columns = (
-            TextColumn("{task.description}"), BarColumn(BAR_WIDTH), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}", markup=False), BarColumn(BAR_WIDTH), MofNCompleteColumn(),
+            TimeElapsedColumn(), TimeRemainingColumn(compact=True),
         )  # fmt: skip
         with Progress(*columns, console=Console(file=stream)) as progress:
             reporter = RichReporter(progress)

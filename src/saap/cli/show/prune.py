@@ -74,9 +74,10 @@ def print_results(reports: Sequence[PruneReport]) -> None:
                 f"{speed['tokens_per_second']:.1f} tokens/s in {speed['runtime']} ({speed['weights']}, "
                 f"{speed['threads']} threads)"
             )
-        if report.block_parameters < report.block_parameters_dense:
+        structure = report.structure if report.block_parameters < report.block_parameters_dense else ()
+        if structure:
             console.print("kept units per layer:")
-        for row in report.structure if report.block_parameters < report.block_parameters_dense else ():
+        for row in structure:
             cells = []
             for role, kept, units in row.parts:
                 filled = round(BAR_WIDTH * kept / units) if units else 0

@@ -86,4 +86,6 @@ def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator)
     """The next token. logits: (vocabulary,). temperature 0 takes the most likely one."""
     if temperature == 0:
         return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits.float().cpu() / temperature, -1), 1, generator=generator))
+    below = logits.float().cpu()
+    below -= below.max()  # divided by a tiny temperature, only others than the most likely one may become infinite
+    return int(torch.multinomial(torch.softmax(below / temperature, -1), 1, generator=generator))

@@ -79,9 +79,9 @@ def evaluate_model(
                 more["dense"] = dense_run.measure(dense)
         if request.speed is not None:
             more["speed"] = run.compare_speeds(request.speed, opened, loaded, dense_ref, dense)
-        if dense is not None:  # the dense model itself from here on has fewer tokens too
-            keep_tokens_of(dense.model, vocabulary)
         if request.prompts is not None:
+            if dense is not None:  # which itself has fewer tokens from here on
+                keep_tokens_of(dense.model, vocabulary)
             more["generation"] = run.generate(loaded, dense)
     return report.model_copy(update=more)
 

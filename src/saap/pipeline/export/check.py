@@ -7,10 +7,9 @@ from pathlib import Path
 
 from saap.core.errors import ModelError
 from saap.core.manifest import Opening, read_manifest
-from saap.core.records import Layout
 from saap.export.consumers import PATH, Loading, open_in
 from saap.export.huggingface import write_records
-from saap.export.model_card import load_lines
+from saap.export.model_card import load_lines, opens_with_code
 from saap.models.loading.references import read_config
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.registry import Consumer
@@ -26,7 +25,7 @@ def check_in_consumers(folder: Path, consumers: Sequence[Consumer], reporter: Re
     if manifest is None:
         raise ModelError(f"{folder} has no manifest", "Give a folder written by saap")
     *_, imports, model, tokenizer = load_lines(PATH, config, folder)
-    loading = Loading(lines=(imports, model, tokenizer), needs_code=manifest.layout is Layout.ADAPTIVE)
+    loading = Loading(lines=(imports, model, tokenizer), needs_code=opens_with_code(config))
     opened = []
     for consumer in consumers:
         reporter.stage(f"open it in {consumer}")

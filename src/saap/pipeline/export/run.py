@@ -106,8 +106,8 @@ def push(folder: str | Path, repository: str, *, private: bool = False, reporter
     The folder is uploaded unchanged after the usual checks of a model. Raises ModelError; OutputError if not logged in,
     for an invalid name, or if the hub rejects the upload or cannot be reached.
     """
-    resolved = resolve_model(folder)
-    if not Path(folder).is_dir() or resolved.gguf_file is not None:
+    resolved = resolve_model(folder) if Path(folder).is_dir() else None  # nothing is fetched to be uploaded again
+    if resolved is None or resolved.gguf_file is not None:
         raise ModelError(f"{folder} is not the folder of a checkpoint", "Give the folder that `saap prune` wrote")
     files = [file for file in resolved.folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)

@@ -121,9 +121,10 @@ class _State:
             entry = self._known.steps.get(step.name, _Record(digest="", done=True))
             there = [path for path in step.outputs if path.exists()]
             # leftovers of an interrupted step may be replaced
-            if entry.done and any(entry.outputs.get(self._name(path)) != tree_digest(path) for path in there):
+            others = (path for path in there if entry.outputs.get(self._name(path)) != tree_digest(path))
+            if entry.done and (other := next(others, None)) is not None:
                 raise OutputError(
-                    f"{there[0]} exists, and was not written by this recipe", "Move it away, or choose another `out`"
+                    f"{other} exists, and was not written by this recipe", "Move it away, or choose another `out`"
                 )
             same = entry.done and entry.digest == step.digest and len(there) == len(step.outputs)
             if same and kept.issuperset(step.needs):
@@ -268,7 +269,6 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     Raises SaapError.
     """
     pick_device(recipe.device)
-    _check_texts(recipe)
     _check_requests(recipe)
     resolved = resolve_model(recipe.model, recipe.revision, recipe.trust_remote_code, weights=False)
     dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
@@ -329,18 +329,14 @@ def _pruned(
 
 
 def _check_requests(recipe: Recipe) -> None:
-    """Reject exports and reports without their packages, and evaluations of unknown texts and tasks."""
+    """Reject exports and reports without their packages, and unknown texts and tasks."""
+    calibration = () if recipe.prune is None else recipe.prune.calibration
+    training = () if recipe.recover is None else recipe.recover.data
+    for source in (*calibration, *training):
+        check_source(source)
     if recipe.report is not None:
         require_matplotlib()
     for wanted in recipe.export.values():
         check_packages(wanted)
     for request in recipe.eval.values():
         check_request(request)
-
-
-def _check_texts(recipe: Recipe) -> None:
-    """Reject unknown names of texts to calibrate or train on."""
-    calibration = () if recipe.prune is None else recipe.prune.calibration
-    training = () if recipe.recover is None else recipe.recover.data
-    for source in (*calibration, *training):
-        check_source(source)

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from saap.core.errors import ModelError
 from saap.evaluation.speed import CachedModel, Source
@@ -24,11 +25,8 @@ class TransformersRuntime:
 
     def __init__(self, model: Any) -> None:
         self._reader = CachedModel(model.eval())
-        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-        self.vocabulary = int(embedding.num_embeddings)
-        # one token reads all weights except an embedding that is not tied to the output
-        looked_up = embedding.weight if output is None or output.weight is not embedding.weight else None
-        self.bytes_per_token = sum(p.numel() * p.element_size() for p in model.parameters() if p is not looked_up)
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)
+        self.bytes_per_token = _bytes_per_token(model)
 
     @staticmethod
     def weights(source: Source, settings: SpeedSettings) -> str:
@@ -59,3 +57,16 @@ class TransformersRuntime:
     def step(self, token: int) -> int:
         """Read one more token."""
         return int(self._reader.feed([token]).argmax())
+
+
+def _bytes_per_token(model: Any) -> int:
+    """Bytes of all weights, except an embedding that is not tied to the output, and the experts that are not chosen."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    looked_up = embedding.weight if output is None or output.weight is not embedding.weight else None
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    total = 0
+    for name, weight in model.named_parameters():
+        is_stack = weight.dim() == 3 and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
+        if weight is not looked_up:
+            total += weight.nbytes * chosen // len(weight) if chosen and is_stack else weight.nbytes
+    return total
