@@ -1,11 +1,14 @@
 """Digests of what small runs give, to compare before and after a change that should compute the same.
 
-    PYTHONPATH=. python scripts/run_digests.py --out before.json       # some minutes on one core
-    PYTHONPATH=. python scripts/run_digests.py --compare before.json   # exit code 1, and the cases that differ
+    export PYTHONPATH=.:benchmarks
+    python scripts/run_digests.py --out before.json               # some minutes on one core
+    python scripts/run_digests.py --compare before.json           # exit code 1, and the cases that differ
+    python scripts/run_digests.py --compare before.json --record  # none may differ: measured cells stay current
 
-Families x layouts x roles x efforts x methods, several processes, recovery, and evaluation: everything through the
-command line and `import saap`, on models of the tests. A digest is of the kept units and of the bytes of all weights,
-so it holds for one machine and one version of torch only; training over several processes is compared to 1e-6.
+Families x layouts x roles x efforts x methods, several processes, recovery, comparison and evaluation: everything
+through the command line and `import saap`, on models of the tests. A digest is of the kept units and of the bytes of
+all weights, so it holds for one machine and one version of torch only. `--record` notes in
+`benchmarks/equal_code.json` that the code before and after computes the same.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.registry import EXPERIMENTS
+from harness.digests import digests, record_equal
 from safetensors.torch import load_file
 from tests import families
 from tests.pipeline import tiny
@@ -30,13 +35,19 @@ from transformers import AutoModelForCausalLM
 
 import saap
 
-IN_MEMORY: dict[str, Any] = {"pruning_ratio": 0.2, "samples": 6, "sample_length": 12, "refit_tokens": 1024, "align": 8}
+IN_MEMORY: dict[str, Any] = {
+    "pruning_ratio": 0.2,
+    "num_samples": 6,
+    "sample_length": 12,
+    "refit_tokens": 1024,
+    "align": 8,
+}
 MANY = ("llama", "gemma2", "gpt2", "phi3", "bloom", "opt", "falcon", "codegen", "olmo2", "qwen3", "mixtral", "gemma3")
 METHODS = ("random", "magnitude", "llm-pruner-vector", "llm-pruner-mixed", "wanda-sp", "flap", "block-influence")
 LLAMA: dict[str, dict[str, Any]] = {
     "uniform": {"layout": "uniform"},
     "fast": {"effort": "fast"},
-    "best": {"effort": "best", "samples": 4},
+    "best": {"effort": "best", "num_samples": 4},
     "hidden": {"roles": ("ffn", "hidden")},
     "block": {"roles": ("ffn", "block")},
     "query": {"roles": ("ffn", "query")},
@@ -44,7 +55,7 @@ LLAMA: dict[str, dict[str, Any]] = {
     "vector": {"importance": "vector"},
     "element1": {"importance": "element1"},
     "mixed": {"importance": "mixed"},
-    "global": {"fusion_scope": "global"},
+    "global": {"importance": "fused", "fusion_scope": "global"},
     "importance": {"strategy": "importance"},
     "volatility-z": {"strategy": "volatility-z"},
     "volatility-cv": {"strategy": "volatility-cv"},
@@ -53,7 +64,7 @@ LLAMA: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in METHODS},
     "flap restored": {"method": "flap", "restore": True},
 }
-FAST = ["--effort", "fast", "--samples", "6", "--sample-length", "32", "--refit-tokens", "2048", "--align", "16"]
+FAST = ["--effort", "fast", "--num-samples", "6", "--sample-length", "32", "--refit-tokens", "2048", "--align", "16"]
 WRITTEN: dict[str, list[str]] = {
     "default text": FAST,
     "own text": [*FAST, "--calibration", "TEXT"],
@@ -129,10 +140,11 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     groups = ["--group-size", "16"]
     kinds = {"groupwise": groups, "feedback": [*groups, "--error-feedback"], "lora": ["--tuning", "lora"]}
     for name, flags in kinds.items():
-        tuning = ["--data", text, "--max-steps", "3", "--length", "64", *flags]
+        tuning = ["--data", text, "--max-steps", "3", "--max-seq-length", "64", *flags]
         make = partial(pruned, small, source, *given)
         yield f"recovered, {name}", partial(recovered, make, small, folder / name, *tuning)
     yield "evaluated", partial(evaluated, small)
+    yield "compared", partial(compared, source, folder / "compared")
 
 
 def pruned(out: Path, *arguments: object, processes: int = 1) -> dict[str, str]:
@@ -155,18 +167,31 @@ def evaluated(small: Path) -> list[Any]:
     return [report["perplexity"]["bundled"]["value"], report["generation"]["samples"]]
 
 
+def compared(source: Path, out: Path) -> list[Any]:
+    """Perplexities of what `saap compare` makes, cut only and reconstructed."""
+    methods = ",".join(["saap", "llm-pruner-element2@ffn", "flap", "wanda-sp@ffn", "block-influence"])
+    command("compare", source, "--methods", methods, "--pruning-ratio", "0.2", *FAST, "--out", out, "--json")
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    return [[row["method"], row["restored"], row["perplexity"]["bundled"]["value"]] for row in rows]
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--compare", type=Path)
+    parser.add_argument("--record", action="store_true")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="cases whose name contains it; `evaluated` needs `written`"
     )
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    expected = json.loads(given.compare.read_text()) if given.compare is not None else {}
+    code = digests(
+        sorted({part for one in EXPERIMENTS for part in one.decided_by if not part.startswith("benchmarks")})
+    )
+    before = json.loads(given.compare.read_text()) if given.compare is not None else {"cases": {}}
+    expected = before["cases"]
     found: dict[str, Any] = {}
     differing = []
     with tempfile.TemporaryDirectory() as folder:
@@ -178,8 +203,10 @@ def main() -> None:
                 differing.append(name)
                 print(f"differs: {name}", flush=True)
     if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+        given.out.write_text(json.dumps({"code": code, "cases": found}, indent=1) + "\n")
     print(f"{len(found)} cases, {len(differing)} differ")
+    if given.record and not differing and found.keys() == expected.keys():
+        record_equal(before["code"], code)
     sys.exit(1 if differing else 0)
 
 

@@ -16,6 +16,8 @@ PRUNING = (
 """What decides the figures of a pruned model, if the experiment does not say otherwise."""
 MAKING = (*PRUNING, "recovery", "pipeline/recover")
 """What decides a pruned or tuned folder."""
+EQUAL = ROOT / "benchmarks" / "equal_code.json"
+"""By part, digests before and after changes that compute the same."""
 
 
 def place_of(part: str) -> Path:
@@ -36,17 +38,41 @@ def _digest(part: Path) -> str:
     return found.hexdigest()[:12]
 
 
+def record_equal(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """Note that code with these digests computes the same: `scripts/run_digests.py` has compared it."""
+    known = _read_equal()
+    for part in before.keys() & after.keys():
+        if before[part] != after[part]:
+            known.setdefault(part, []).append([before[part], after[part]])
+    EQUAL.write_text(json.dumps({part: known[part] for part in sorted(known)}, indent=1) + "\n")
+
+
+def _read_equal() -> dict[str, list[list[str]]]:
+    return dict(json.loads(EQUAL.read_text())) if EQUAL.is_file() else {}
+
+
+def _equals(digest: str, pairs: Sequence[Sequence[str]] | None) -> set[str]:
+    """The digest, and those of code that was changed from it, one change after the other, and computes the same."""
+    found = {digest}
+    for before, after in pairs or ():
+        if before in found:
+            found.add(after)
+    return found
+
+
 def stale(cells: Mapping[str, Mapping[str, Any]], parts: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Names of cells that the present code did not measure, each with how they were. parts: of the experiment.
 
     cells: records. Folders that were made for cells are the same.
     """
-    now = digests(parts)
+    now, equal = digests(parts), _read_equal()
     for name, record in cells.items():
         before = record.get("code")
         if before is None:
             yield name, "before digests were kept"
-        elif changed := [part for part in now if before.get(part, now[part]) != now[part]]:
+        elif changed := [
+            part for part in now if now[part] not in _equals(before.get(part, now[part]), equal.get(part))
+        ]:
             yield name, f"with other code in {', '.join(changed)}"
         elif unknown := [part for part in now if part not in before]:
             yield name, f"before digests were kept of {', '.join(unknown)}"

@@ -66,6 +66,20 @@ def test_existing_output_is_kept(capsys, tmp_path, source) -> None:
     assert (code, "is a link" in error) == (2, True)
 
 
+def test_a_chat_template_that_refuses_a_question_costs_only_the_answer(capsys, copy, tmp_path) -> None:
+    (copy / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    few = ["--pruning-ratio", "0.1", "--calibration", "novels"]
+    code, out, error = run(capsys, "prune", copy, *few, *FAST, "--out", tmp_path / "out", "--json")
+    assert (code, json.loads(out)["prompt"]) == (0, ""), error
+
+
+def test_a_hidden_size_that_no_group_divides_is_refused_before_the_pruning(capsys, tmp_path) -> None:
+    source = tiny.folder(tmp_path / "narrow", hidden_size=40, num_attention_heads=5, num_key_value_heads=5)
+    few = ["--pruning-ratio", "0.1", "--recover", "conversations", "--align", "32"]
+    code, _, error = run(capsys, "prune", source, *few, "--out", tmp_path / "out")
+    assert (code, "do not divide the hidden size 40" in error) == (2, True), error
+
+
 def test_a_place_that_the_system_refuses_is_one_sentence(capsys, source, tmp_path) -> None:
     code, _, error = run(capsys, "prune", source, "--pruning-ratio", "0.2", "--out", tmp_path / ("a" * 300))
     assert (code, "File name too long" in error, "Traceback" in error) == (2, True, False)

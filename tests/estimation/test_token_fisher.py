@@ -80,6 +80,20 @@ def test_multiplying_in_bfloat16_changes_them_little() -> None:
         assert rounded[name] == pytest.approx(scores, rel=0.1, abs=0.01 * float(scores.max())), name
 
 
+@pytest.mark.parametrize("role", [Role.HIDDEN, Role.QUERY])
+def test_roles_without_a_sole_consumer_are_scored_with_products_in_bfloat16_too(role: Role) -> None:
+    model = families.build("llama").float()
+    graph = discover(model, finer_heads=role is Role.QUERY)
+    text = CalibrationSet(sources=("ids",), seed=0, tokens=families.token_ids(3, 10).numpy())
+    exact, rounded = (
+        estimate(Backend(model, graph, products=products), text, roles=[role], importance=Importance.TOKEN_FISHER)
+        for products in (None, torch.bfloat16)
+    )
+    for name, scores in exact.groups.items():
+        most = float(scores.element.max())
+        assert rounded.groups[name].element == pytest.approx(scores.element, rel=0.2, abs=0.05 * most), name
+
+
 def test_what_several_modules_read_has_the_element_wise_score() -> None:
     model = families.build("mixtral")
     graph, tokens = discover(model), families.token_ids(3, 10)

@@ -5,10 +5,12 @@ import torch
 from tests import families
 from tests.estimation.tiny import FAMILIES, OwnModel, block_paths, build, token_ids
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from saap.core.errors import UnsupportedModelError
 from saap.models.structure.linear import contracted_axis, linear_modules, owner, weight_out_in
 from saap.models.walk.walker import BlockWalker, inference_only
+from saap.pipeline.shared.legality import check_walk
 
 
 def walked(walker: BlockWalker, tokens: Tensor) -> Tensor:
@@ -127,6 +129,17 @@ def test_blocks_that_run_twice_are_refused() -> None:
     model.blocks = nn.ModuleList([*model.blocks, model.blocks[0]])
     with pytest.raises(UnsupportedModelError, match="Block call 4"):
         BlockWalker(model, block_paths(model)[:3]).start(token_ids(1, 5))
+
+
+def test_keys_and_values_that_later_blocks_take_from_earlier_ones_are_refused() -> None:
+    config = Gemma4TextConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, global_head_dim=12, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=64, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    model = families.randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    with pytest.raises(UnsupportedModelError, match="do not run one by one"):
+        check_walk(model, block_paths(model))
 
 
 def test_starting_makes_the_logits_of_two_tokens_only() -> None:

@@ -10,7 +10,7 @@ from filelock import FileLock
 from tests.pipeline import tiny
 
 from saap.cli import app as cli
-from saap.core.errors import ConfigurationError, OutputError, StaleInputError, TargetError
+from saap.core.errors import CalibrationError, ConfigurationError, OutputError, StaleInputError, TargetError
 from saap.core.evaluation_records import Comparison
 from saap.pipeline.compare import run
 from saap.pipeline.shared.inputs import RunOptions
@@ -143,6 +143,23 @@ def test_rows_of_a_changed_text_are_not_taken_for_these(source, tmp_path) -> Non
         text.write_text(text.read_text()[1:])
         with pytest.raises(StaleInputError, match="another --out"):
             compare(source, wanted, RunOptions(device="cpu"), out)
+
+
+def test_an_unknown_calibration_costs_no_measurement(source, tmp_path) -> None:
+    request = request_for(tmp_path)
+    config = request.config.model_copy(update={"calibration": (str(tmp_path / "typo.txt"),)})
+    with pytest.raises(CalibrationError, match="typo"):
+        compare(source, request.model_copy(update={"config": config}), RunOptions(device="cpu"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_baselines_are_not_calibrated_on_images(source, tmp_path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"image": "a.png", "text": "a"}) + "\n")
+    request = request_for(tmp_path)
+    config = request.config.model_copy(update={"calibration": (str(pairs),)})
+    with pytest.raises(CalibrationError, match="llm-pruner-element1 does not support image-text pairs"):
+        compare(source, request.model_copy(update={"config": config}), RunOptions(device="cpu"), tmp_path / "out")
 
 
 def test_two_comparisons_do_not_share_a_folder(source, tmp_path) -> None:

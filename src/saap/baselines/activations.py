@@ -1,5 +1,6 @@
 """Activation-based baselines that share one forward pass: Wanda-sp, FLAP, block influence."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -151,8 +152,12 @@ def compensating_biases(
 
 
 def influence_scores(backend: Backend, found: ActivationStatistics, seed: int) -> dict[str, FloatArray]:
-    """Block influence (ShortGPT, Men et al. 2024): each unit gets its block's 1 - cos(input, output)."""
-    return {group.name: np.full(group.units, found.influence[group.layer]) for group in block_groups(backend.graph)}
+    """Block influence (ShortGPT, Men et al. 2024), 1 - cos(input, output) of a block, in equal parts to its units."""
+    groups = block_groups(backend.graph)
+    units = Counter({group.layer: 0 for group in groups})
+    for group in groups:
+        units[group.layer] += group.units
+    return {one.name: np.full(one.units, found.influence[one.layer] / units[one.layer]) for one in groups}
 
 
 WANDA_SP = Baseline(scores=wanda_scores, measure=activations, skip_layers=SkipLayers())

@@ -40,7 +40,7 @@ class ExpertReconstruction(RouterFrequency):
             numbers = chosen(seen.site, arguments).clamp(max=self._experts[seen.site]).cpu()
             outputs = torch.stack(list(outputs_by_choice(self._model, seen.site, arguments)), 1)  # (tokens, K, width)
             outputs /= outputs.sum(1, keepdim=True).norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            products = torch.einsum("tpw,tqw->tpq", outputs, outputs).double().cpu()
+            products = torch.einsum("tpw,tqw->tpq", outputs, outputs).cpu().double()
             rows, columns = numbers.unsqueeze(2).expand_as(products), numbers.unsqueeze(1).expand_as(products)
             self._grams[seen.site].index_put_((rows, columns), products, accumulate=True)
 

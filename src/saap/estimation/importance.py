@@ -40,6 +40,8 @@ def weight_product(weight: Tensor, activation: Tensor, gradient: Tensor, contrac
 
     activation: (tokens, in), gradient: (tokens, out). contracted: the weight's axis of size `in`.
     """
+    wider = torch.promote_types(activation.dtype, gradient.dtype)  # products in bfloat16 have their gradients in it
+    activation, gradient = activation.to(wider), gradient.to(wider)
     left, right = (gradient, activation) if contracted == 1 else (activation, gradient)
     if out.dtype == left.dtype:
         return torch.mm(left.T, right, out=out).mul_(weight)

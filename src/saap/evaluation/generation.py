@@ -80,9 +80,16 @@ def message_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, chat: 
     """Token ids of a conversation that the model continues.
 
     messages: with `role` and `content`, the user's turn last. Without `chat` or a template, the lines of all turns.
+    Raises EvaluationError if the template does not accept them.
     """
     if chat and getattr(tokenizer, "chat_template", None):
-        made = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        try:
+            made = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # templates are programs: they may raise anything
+            raise EvaluationError(
+                f"the chat template does not accept a conversation ({type(error).__name__}: {error})",
+                "Use prompts with an answer, or a model with another template",
+            ) from error
     else:
         made = tokenizer("\n".join(message["content"] for message in messages))
     return [int(token) for token in made["input_ids"]]

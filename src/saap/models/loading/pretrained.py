@@ -185,12 +185,12 @@ def plain_generation(model: Any, ends: Collection[int]) -> Iterator[None]:
         model.generation_config = usual
 
 
-def load_processor(folder: Path) -> Any | None:
+def load_processor(folder: Path, *, trust_remote_code: bool) -> Any | None:
     """The processor of the model in `folder`, None if it has none. Raises ModelError for bad files."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return None
     with _explained(f"The processor of {folder} cannot be opened", "Check its files"):
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return processor if hasattr(processor, "image_processor") else None
 
 
@@ -248,7 +248,8 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
             values = {name: stored.read(name).clone() for name in buffers}
             model.load_state_dict(values, strict=False, assign=True)
             if (resolved.folder / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(resolved.folder)
+                with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK):
+                    model.generation_config = GenerationConfig.from_pretrained(resolved.folder)
             return model, stored
     raise NotByNameError(
         f"{resolved.source} cannot be read part by part ({reason})",

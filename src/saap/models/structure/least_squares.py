@@ -113,7 +113,7 @@ def _ridge(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
 
 def _damped(gram: Tensor, ridge: float) -> Tensor:
     damped = gram.clone()
-    damped.diagonal().add_(ridge * gram.diagonal().mean())
+    damped.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-30))
     return damped
 
 

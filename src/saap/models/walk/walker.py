@@ -7,7 +7,7 @@ them with every block bypassed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -182,9 +182,13 @@ class BlockWalker:
                 )
             others = {key: shared.of(value) for key, value in keywords.items() if key != name}
             after = shared.of(arguments[1:])
+            left = [one for one in others.values() if isinstance(one, MutableMapping) and not one]
 
             def call(hidden: Tensor) -> Any:
-                return block(hidden, *after, **others) if name is None else block(**{name: hidden}, **others)
+                output = block(hidden, *after, **others) if name is None else block(**{name: hidden}, **others)
+                for states in left:  # for other blocks: whichever needs them would get no gradient through them
+                    states.clear()
+                return output
 
             contexts.append(call)
             if turn + 1 == count and not to_the_end:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saap._version import __version__
 from saap.core.errors import OutputError, StaleInputError
 from saap.core.evaluation_records import ComparedModel, ComparisonRow, DenseRow
 from saap.core.records import ModelGraph, digest_of
@@ -48,7 +49,8 @@ class RowStore:
         texts = {name: str(value) for name, value in evaluation.model_copy(update=defaults).model_dump().items()}
         files = named_files({**config, "texts": evaluation.texts})
         try:
-            WorkFolder(self.folder).open(digest_of([config, texts, graph.digest, *([files] if files else [])]))
+            settings = [__version__, config, texts, graph.digest, *([files] if files else [])]
+            WorkFolder(self.folder).open(digest_of(settings))
         except (OutputError, StaleInputError) as error:
             raise type(error)(error.offender, REMEDY) from None
         there, requested = self.dense(), _task_settings(evaluation)

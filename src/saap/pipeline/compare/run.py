@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from saap.core.errors import ConfigurationError
+from saap.core.errors import CalibrationError, ConfigurationError
 from saap.core.evaluation_records import COMPARISON, Comparison, ComparisonRow, DenseRow, StageSeconds
 from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import ImportanceScores, IntArray, ModelGraph
 from saap.core.storage import write_whole
+from saap.data.pairs import pairs_file
 from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
 from saap.models.loading.devices import copied, quick_float32_products
@@ -35,10 +36,11 @@ from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import DISCOVER, LOAD, MEASURE_DENSE, READ_TEXT
 from saap.pipeline.shared.targets import Target, with_budgets
-from saap.pipeline.shared.tokens import draw_tokens, sample_length
+from saap.pipeline.shared.tokens import TokenSets, draw_tokens, sample_length
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.compare import CompareRequest
 from saap.settings.prune import MethodChoice, PrunableRole, PruneConfig
+from saap.settings.registry import Method
 from saap.structure_search.plan import check_reachable
 
 LARGEST_RATIO = 1e100
@@ -73,7 +75,9 @@ def compare(
             check_method(config, graph)
             for target in _targets(config, graph, loaded):
                 check_reachable(graph, target.budget, search_space(loaded.model, graph, config))
-    bench = _Bench(loaded, graph, request, streams, meter, RowStore(out, request))
+    with meter.stage(READ_TEXT):
+        tokens = {seed: _tokens(loaded, request, seed) for seed in request.seeds}
+    bench = _Bench(loaded, graph, request, streams, tokens, meter, RowStore(out, request))
     bench.rows.open(graph)
     with WorkFolder(out).alone(Processes()), quick_float32_products():
         dense = bench.dense_row()
@@ -108,6 +112,15 @@ def _config(request: CompareRequest, choice: MethodChoice, seed: int) -> PruneCo
     return for_method(config)
 
 
+def _tokens(loaded: LoadedModel, request: CompareRequest, seed: int) -> TokenSets:
+    """The calibration of one seed, which every method gets. Raises CalibrationError."""
+    config = request.config.model_copy(update={"seed": seed, "restore": True})
+    baselines = [choice.label for choice in request.methods if choice.method is not Method.SAAP]
+    if baselines and pairs_file(config.calibration) is not None:
+        raise CalibrationError(f"--methods {baselines[0]} does not support image-text pairs", "Give a text file")
+    return draw_tokens(loaded, config, config.calibration)
+
+
 def _targets(config: PruneConfig, graph: ModelGraph, loaded: LoadedModel) -> list[Target]:
     suffix = "-restored" if config.restore else ""
     named = [Target(f"{ratio:g}{suffix}", None, None) for ratio in config.pruning_ratios]
@@ -122,6 +135,7 @@ class _Bench:
     graph: ModelGraph
     request: CompareRequest
     streams: Mapping[str, IntArray]
+    tokens: Mapping[int, TokenSets]
     meter: Meter
     rows: RowStore
 
@@ -150,11 +164,9 @@ class _Bench:
     def _share(self, seed: int, options: RunOptions) -> Run:
         """The calibration of one seed and the baselines' measurements with it, the same for every method."""
         config = self.request.config.model_copy(update={"seed": seed, "restore": True})
-        with self.meter.stage(READ_TEXT):
-            tokens = draw_tokens(self.loaded, config, config.calibration)
         work = self._work_folder(f"seed-{seed}")
         space = search_space(self.loaded.model, self.graph, config)
-        run = Run(config, options, self.loaded, self.graph, space, tokens, work, self.meter)
+        run = Run(config, options, self.loaded, self.graph, space, self.tokens[seed], work, self.meter)
         return dataclasses.replace(run, measurements=measurements(run))
 
     def _work_folder(self, *names: str) -> WorkFolder:
@@ -208,6 +220,7 @@ class _Bench:
             seconds = StageSeconds(score=scoring, search=searching, make=time.perf_counter() - start)
             with self.meter.stage(f"{shown}: measure"):
                 found = self._measured(model, self.request.asks_tasks(ratio))
+            del model  # before the next one is copied
             quotients = {text: one.value / dense.perplexity[text].value for text, one in found["perplexity"].items()}
             row = ComparisonRow(
                 **found, method=label, ratio=ratio, seed=config.seed, restored=restored, seconds=seconds,

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from saap.core.errors import LayoutError, PlanError, listed
+from saap.core.errors import ConfigurationError, LayoutError, PlanError, listed
 from saap.core.records import Layout, ModelGraph
 from saap.core.storage import PlanDocument, read_plan
 from saap.models.checkpoint.stock_config import ADAPTIVE_REMEDY, uniform_config
+from saap.pipeline.prune.baselines import for_method
 from saap.pipeline.prune.planning import scored_roles
 from saap.pipeline.prune.source_file import Experts, check_plan
 from saap.pipeline.shared.legality import require_divisible
@@ -34,6 +35,11 @@ def read_given_plan(
             f"--layout {config.layout} differs from the layout of {path}, {given.layout}",
             "Leave out --layout, or change `layout` in that file",
         )
+    try:
+        for_method(config.model_copy(update={"layout": given.layout}))
+    except ConfigurationError as error:  # the flag does not change a plan
+        remedy = error.remedy.replace(ADAPTIVE_REMEDY, f"Set `layout` in {path} to adaptive")
+        raise ConfigurationError(error.offender, remedy) from None
     _require_scored(path, given, config, graph)
     plan = complete_plan(graph, given, flat_scores(graph))
     if experts is None and plan.layout is Layout.UNIFORM:

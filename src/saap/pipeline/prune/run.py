@@ -244,8 +244,7 @@ def _discovered(loaded: LoadedModel, config: PruneConfig) -> ModelGraph:
     skeleton = loaded.model if loaded.skeleton is None else loaded.skeleton
     graph = discover(skeleton, loaded.ref, finer_heads=PrunableRole.QUERY in config.roles)
     require_whole_blocks(loaded.model, graph.blocks)
-    if loaded.fresh is None:
-        check_walk(loaded.model, graph.blocks)
+    check_walk(loaded.model, graph.blocks)
     check_method(config, graph)
     if config.merge_experts:
         require_mergeable(Backend(loaded.model, graph))
@@ -257,6 +256,8 @@ def _settings_digest(run: Run) -> str:
     sets = [tokens.scored.digest, tokens.held.digest, tokens.refit.digest]
     plan = "" if config.plan is None else config.plan.read_text()
     same: list[Any] = [__version__, config.model_dump(mode="json"), run.graph.digest, str(run.loaded.dtype), sets, plan]
+    if run.experts is not None:
+        same.append("experts of the model's files")
     if run.vocabulary is not None:
         same.append(list(run.vocabulary.map.old_ids))
     return digest_of(same if run.loaded.fresh is None else [*same, "weights in files"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,25 @@ from saap.core.manifest import Change, TextTokens, VocabularyRecord
 from saap.core.records import IntArray
 from saap.core.vocabulary import VocabularyMap
 from saap.data.pairs import pairs_file
-from saap.data.samples import GIVEN_IDS, Calibration, given_ids, leading_ids, token_sources, token_stream
-from saap.data.texts import GENERAL, KINDS, MIXED, Purpose, bundled_conversations, bundled_text, kind_weights
+from saap.data.samples import (
+    GIVEN_IDS,
+    Calibration,
+    check_vocabulary,
+    given_ids,
+    leading_ids,
+    token_sources,
+    token_stream,
+)
+from saap.data.texts import (
+    GENERAL,
+    KINDS,
+    MIXED,
+    Purpose,
+    bundled_conversations,
+    bundled_text,
+    kind_weights,
+    template_text,
+)
 from saap.evaluation.perplexity import bits_per_byte, model_logits, perplexities
 from saap.models.loading.devices import copied
 from saap.models.walk.processes import Processes
@@ -163,6 +181,7 @@ def _own_counts(calibration: Calibration, tokenizer: Any, table: TokenTable) -> 
     """Counts in what the user calibrates on, without the bundled texts."""
     ids, rows = given_ids(calibration), len(table.contents)
     if ids is not None:
+        check_vocabulary({GIVEN_IDS: ids}, rows, None)
         return {GIVEN_IDS: _counts(ids.reshape(-1), rows)}
     given = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
     own = [item for item in given if str(item) not in (MIXED, *KINDS)]
@@ -180,12 +199,14 @@ def _required(loaded: LoadedModel, table: TokenTable, own: Counts) -> set[int]:
 
 
 def _of_the_template(tokenizer: Any, rows: int) -> set[int]:
-    """Tokens of the chat template: of its own text, and of a conversation that it writes out."""
+    """Tokens of the chat template: of its own text, and of a conversation that it writes out, if it accepts one."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return set()
-    written = tokenizer.apply_chat_template(bundled_conversations(Purpose.CALIBRATION)[0], tokenize=False)
-    ids = token_stream([str(template), str(written)], tokenizer)
+    written, conversation = "", bundled_conversations(Purpose.CALIBRATION)[0]
+    with suppress(CalibrationError):
+        written = template_text("a conversation", conversation, tokenizer, error=CalibrationError)
+    ids = token_stream([str(template), written], tokenizer)
     return set(ids[ids < rows].tolist())
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from saap._version import __version__
-from saap.core.errors import ConfigurationError
+from saap.core.errors import ConfigurationError, GroupSizeError
 from saap.core.records import digest_of
 from saap.data.training import TrainingData
-from saap.models.loading.pretrained import load_tokenizer
+from saap.models.loading.pretrained import load_config, load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.prune.result import PruneReport
@@ -22,7 +22,7 @@ from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.targets import Target, finished_report, is_file, place_finished, plan_targets, work_path
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
-from saap.settings.recover import RecoverConfig, check_alignment
+from saap.settings.recover import RecoverConfig, Tuning, check_alignment
 
 PRUNED = "pruned.json"
 
@@ -82,16 +82,23 @@ def check_recovery(
         raise ConfigurationError(
             "--recover tunes weights, which a GGUF file does not take up", "Write a folder with -o DIR"
         )
-    if options.max_memory is not None:
-        raise ConfigurationError(
-            "--max-memory does not hold for the tuning of --recover",
-            "Leave out one of them, and use `saap recover` later",
-        )
+    for flag, given in (("--max-memory", options.max_memory), ("--device-map", options.device_map)):
+        if given is not None:
+            raise ConfigurationError(
+                f"{flag} does not hold for the tuning of --recover",
+                "Leave out one of them, and use `saap recover` later",
+            )
     check_alignment(pruning.align, recovery)
     count = Processes.found().count
     check_processes(shared_by(recovery, count), options, count)
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     check_tuning(recovery, resolved)
+    hidden = getattr(load_config(resolved).get_text_config(), "hidden_size", None)
+    if hidden is not None and recovery.tuning is Tuning.GROUPWISE and hidden % recovery.group_size:
+        raise GroupSizeError(
+            f"--recover quantises in groups of {recovery.group_size}, which do not divide the hidden size {hidden}",
+            "Leave it out, and use `saap recover` with another --group-size later",
+        )
     return resolved, read_data(recovery, load_tokenizer(resolved))
 
 

@@ -27,6 +27,7 @@ class LoadedModel:
     folder: its origin, for the licence files. quantisation: format of its weights, None if they are not quantised.
     fresh, skeleton: if the weights stay in their files, a function that opens it again, and the model without weights
     for discovery. spills: whether the activations of the reconstruction do not fit into memory next to the weights.
+    trust_remote_code: whether code of the folder may run.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class LoadedModel:
     skeleton: nn.Module | None = None
     spills: bool = False
     quantisation: str | None = None
+    trust_remote_code: bool = False
 
 
 def place_of(source: str | Path | nn.Module, options: RunOptions) -> torch.device:
@@ -115,4 +117,5 @@ def open_model(
         model=model, tokenizer=tokenizer if tokenizer is not None else load_tokenizer(resolved),
         ref=model_ref(model, resolved.source, resolved.revision), dtype=written, owned=True, folder=resolved.folder,
         fresh=fresh, skeleton=skeleton, quantisation=resolved.quantisation,
+        trust_remote_code=resolved.trust_remote_code,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from saap.core.errors import EvaluationError
 from saap.core.evaluation_records import Perplexity
 from saap.data.texts import GENERAL
 from saap.evaluation.generation import prompt_ids, write
@@ -58,19 +59,29 @@ def observe(
 def behaviour(found: Mapping[str, Perplexity], prompt: str, answer: str) -> Behaviour:
     """The figures of a model from its perplexities by kind, and its answer to a prompt."""
     value = joint_perplexity(one for kind, one in found.items() if kind in GENERAL or len(found) == 1)
-    kinds = {kind: one.value for kind, one in found.items()}
-    return Behaviour(perplexity=value, prompt=prompt, answer=answer, kinds=kinds)
+    kinds = {kind: _or_infinite(one.value) for kind, one in found.items()}
+    return Behaviour(perplexity=_or_infinite(value), prompt=prompt, answer=answer, kinds=kinds)
+
+
+def _or_infinite(perplexity: float) -> float:
+    """The perplexity, infinite where it is not a number: records have no other word for what predicts nothing."""
+    return math.inf if math.isnan(perplexity) else perplexity
 
 
 def greedy_answer(model: nn.Module, tokenizer: Any | None) -> tuple[str, str]:
     """A short prompt (through the chat template if there is one) and the model's greedy continuation.
 
-    Both are '' for a model that cannot generate, has no tokenizer, or no positions after the prompt.
+    Both are '' for a model that cannot generate, has no tokenizer, no positions after the prompt, or a chat template
+    that does not accept it.
     """
     if tokenizer is None or not hasattr(model, "generate"):
         return "", ""
     prompt = QUESTION if getattr(tokenizer, "chat_template", None) else OPENING
-    room = min(ANSWER_TOKENS, (positions(model) or math.inf) - len(prompt_ids(tokenizer, prompt)))
+    try:
+        length = len(prompt_ids(tokenizer, prompt))
+    except EvaluationError:
+        return "", ""
+    room = min(ANSWER_TOKENS, (positions(model) or math.inf) - length)
     if room < 1:
         return "", ""
     (written,) = write(model, tokenizer, [prompt], tokens=int(room), sampled=False)

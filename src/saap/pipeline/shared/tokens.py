@@ -242,7 +242,9 @@ def _processor(loaded: LoadedModel, config: PruneConfig, file: Path) -> Any:
     """The processor of images and text for the model. Raises CalibrationError if it has none."""
     if config.method is not Method.SAAP:
         raise CalibrationError(f"--method {config.method} does not support image-text pairs", "Give a text file")
-    processor = None if loaded.folder is None else load_processor(loaded.folder)
+    processor = None
+    if loaded.folder is not None:
+        processor = load_processor(loaded.folder, trust_remote_code=loaded.trust_remote_code)
     if processor is None or not image_token_ids(getattr(loaded.model, "config", None)):
         raise CalibrationError(
             f"{file} has image-text pairs, but the model has no processor for images",
