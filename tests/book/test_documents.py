@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from experiments import formats, front
-from harness.digests import MAKING, code_file, digests, place_of, stale, stale_folders
+from harness.digests import MAKING, code_file, digests, place_of, record_equal, stale, stale_folders
 from harness.documents import CHART, PAGES, PART, WHOLE, documents, filled, points_digest
 from harness.driver import measure
 from harness.experiment import Request
@@ -111,6 +111,15 @@ def test_a_cell_without_a_digest_is_listed():
     cells = {"first": {}, "second": {"code": digests(["data"])}}
     assert list(stale(cells, ["data"])) == [("first", "before digests were kept")]
     assert list(stale(cells, ["data", "core"]))[1:] == [("second", "before digests were kept of core")]
+
+
+def test_code_that_computes_the_same_leaves_cells_current(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.digests.EQUAL", tmp_path / "equal.json")
+    now = digests(["data", "core"])
+    cells = {name: {"code": {**now, "data": name}} for name in ("first", "second", "other")}
+    record_equal({**now, "data": "first"}, {**now, "data": "second"})
+    record_equal({**now, "data": "second"}, now)
+    assert [name for name, _ in stale(cells, ["data", "core"])] == ["other"]
 
 
 def test_code_that_is_edited_during_a_run_makes_its_cells_stale(tmp_path, monkeypatch):
