@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 from saap.core.errors import UnsupportedModelError, first_line
 from saap.core.records import CoupledGroup, ModelGraph, StructurePlan
 from saap.models.checkpoint.layer_fields import text_part
+from saap.models.checkpoint.modeling_pruned import auto_classes
 from saap.models.checkpoint.pruned_structure import PrunedStructure, structure_of
-from saap.models.checkpoint.stock_config import keep_layers
+from saap.models.checkpoint.stock_config import keep_layers, stock_model
 from saap.models.structure.cut import bundles_of, cut_groups, held
 from saap.models.structure.keep_index import require_possible
 
@@ -45,6 +47,56 @@ def cut(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> PrunedStruc
     if plan.dropped_blocks:
         _drop_blocks(model, graph.blocks, plan.dropped_blocks)
     return structure_of(model, graph, plan)
+
+
+def check_block_removal(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Compare the blocks with those of the family's class for one block fewer: the first, and the last.
+
+    Raises UnsupportedModelError if a block computes otherwise in its new place, so that a folder of the remaining
+    blocks would open as another model. Models that no auto class knows pass: they are not opened by one.
+    """
+    config: Any = getattr(model, "config", None)
+    if not auto_classes(str(getattr(config, "model_type", ""))):
+        return
+    depth, container = len(blocks), blocks[0].rpartition(".")[0]
+    for dropped in (0, depth - 1):
+        kept = [layer for layer in range(depth) if layer != dropped]
+        shorter = copy.deepcopy(config)
+        difference: str | None = None
+        try:
+            keep_layers(text_part(shorter), kept, depth)
+            with torch.device("meta"):
+                built = stock_model(shorter)
+            outside, others = (
+                {name: value.shape for name, value in one.named_parameters() if not name.startswith(f"{container}.")}
+                for one in (model, built)
+            )
+            difference = next((name for name in outside if outside[name] != others.get(name)), None)
+            for new, old in enumerate(kept):
+                difference = difference or _difference(
+                    model.get_submodule(blocks[old]), built.get_submodule(blocks[new])
+                )
+        except Exception as error:  # classes that take no other number of layers
+            difference = first_line(error)
+        if difference:
+            raise UnsupportedModelError(
+                f"Blocks of {type(model).__name__} depend on how many there are and on their place ({difference})",
+                "Prune without the role block",
+            )
+
+
+def _difference(block: nn.Module, other: nn.Module) -> str | None:
+    """The first name of a parameter or of a public number or word by which two blocks differ; None if there is none."""
+    shapes, others = ({name: value.shape for name, value in one.named_parameters()} for one in (block, other))
+    if shapes != others:
+        return next(name for name in [*shapes, *others] if shapes.get(name) != others.get(name))
+    modules = dict(other.named_modules())
+    for path, module in block.named_modules():
+        for name, value in vars(module).items():
+            plain = isinstance(value, int | float | str) and not name.startswith("_") and name not in BLOCK_NUMBER_NAMES
+            if plain and name != "training" and vars(modules[path]).get(name) != value:
+                return f"{path}.{name}"
+    return None
 
 
 def _drop_blocks(model: nn.Module, blocks: Sequence[str], dropped: Sequence[int]) -> None:

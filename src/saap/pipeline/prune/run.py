@@ -52,6 +52,7 @@ from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PrunableRole, PruneConfig
 from saap.structure_search.budget import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable
+from saap.surgery.cut import check_block_removal
 from saap.surgery.merging import require_mergeable
 
 __all__ = ["RunOptions", "inspect_model", "preview", "run_prune"]
@@ -245,6 +246,8 @@ def _discovered(loaded: LoadedModel, config: PruneConfig) -> ModelGraph:
     graph = discover(skeleton, loaded.ref, finer_heads=PrunableRole.QUERY in config.roles)
     require_whole_blocks(loaded.model, graph.blocks)
     check_walk(loaded.model, graph.blocks)
+    if PrunableRole.BLOCK in config.roles:
+        check_block_removal(skeleton, graph.blocks)
     check_method(config, graph)
     if config.merge_experts:
         require_mergeable(Backend(loaded.model, graph))
