@@ -16,7 +16,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 BY_PLACE = {
     "lambda_init": transformers.DiffLlamaConfig(**SIZES, intermediate_size=40),
     "scaling": transformers.GPT2Config(**SIZES, scale_attn_by_inverse_layer_idx=True),
-    "gate.weight": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, decoder_sparse_step=2),
+    "mlp": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, decoder_sparse_step=2),
 }
 
 
