@@ -57,7 +57,8 @@ class StructureEvaluator:
             self._loss(*structure)
 
     def done(self) -> None:
-        """Let those that serve continue."""
+        """Let those that serve continue; compensated weights are of no use to other targets."""
+        self._weights.clear()
         self._processes.broadcast_result(lambda: None)
 
     @torch.no_grad()

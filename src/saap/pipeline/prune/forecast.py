@@ -27,6 +27,7 @@ from saap.pipeline.shared.outcome import ANSWER_TOKENS
 from saap.pipeline.shared.stages import Stage, steps_of
 from saap.pipeline.shared.targets import check_space
 from saap.pipeline.shared.tokens import needs_measuring
+from saap.settings.prune import PrunableRole
 from saap.settings.registry import Importance, Method
 
 TIMED_TOKENS = 1024
@@ -133,13 +134,14 @@ def _tokens(run: Run) -> dict[Stage, float]:
     evaluated = sum(ids.size for ids in tokens.evaluation.values())
     answer = STEP_TOKENS * ANSWER_TOKENS * (run.loaded.tokenizer is not None)
     held = tokens.held.tokens.size if needs_measuring(config) else 0
+    blocks = len(run.graph.blocks) if PrunableRole.BLOCK in config.roles else 0  # each is measured alone
     found: dict[Stage, float] = {
         stages.MEASURE_DENSE: answer + (0 if tokens.dense else evaluated),
         stages.ESTIMATE: PASSES.get(config.importance, 4.7) * tokens.scored.tokens.size,
         stages.FIND_COSTS: 4.3 * tokens.scored.tokens.size,
         stages.KEEP_SCORES: 0,
         stages.EVALUATE_DENSE: held,
-        stages.SEARCH: held * search_evaluations(run),
+        stages.SEARCH: held * (search_evaluations(run) + blocks),
         stages.CUT: 0,
         stages.RESTORE: 4.9 * refit_tokens(config),
         stages.MEASURE: answer + evaluated,
