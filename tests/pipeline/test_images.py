@@ -19,9 +19,11 @@ from saap.core.errors import CalibrationError
 from saap.core.records import CalibrationSet
 from saap.data.pairs import draw_pairs
 from saap.data.windows import SampleRequest
+from saap.discovery.blocks import find_blocks
 from saap.estimation.estimate import estimate
 from saap.models.loading.images import with_images
 from saap.models.walk.backend import Backend
+from saap.models.walk.walker import BlockWalker
 
 SETTINGS: dict[str, Any] = {"samples": 8, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 REQUESTS = [SampleRequest("scored", 4, 64), SampleRequest("held", 1, 64, held_out=True, at_least=1)]
@@ -50,6 +52,17 @@ def test_rows_are_whole_pairs_filled_up_with_text(family: str, tmp_path: Path) -
             assert row[-1] not in range(IMAGE, IMAGE + 8)  # the filling has no special token
     both = [row.tobytes() for one in sets.values() for row in one.tokens]
     assert len(set(both)) == len(both)
+
+
+@pytest.mark.parametrize("family", vision_models.FAMILIES)
+def test_no_block_keeps_keys_of_an_earlier_walk(family: str) -> None:
+    model = model_of(family)
+    walker, ids = BlockWalker(model, find_blocks(model)), torch.arange(2, 12)[None]
+    stream = walker.start(ids)
+    first = walker.run_block(0, stream.hidden, stream.contexts)
+    walker.run_block(0, torch.zeros_like(stream.hidden), stream.contexts)  # another stream in the same contexts
+    torch.testing.assert_close(walker.run_block(0, stream.hidden, stream.contexts), first)
+    walker.run_block(0, stream.hidden.repeat(3, 1, 1), stream.contexts)  # keys of one sample would not fit three
 
 
 @pytest.mark.parametrize("family", [*WITH_PROCESSOR, "qwen2_vl"])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
+from saap.models.checkpoint.layer_fields import text_part
 from saap.models.loading.devices import multiplied_in
 from saap.models.structure.linear import embedding_of
 from saap.models.walk.observer import StopForwardError, hooked
@@ -28,11 +29,13 @@ ONCE = "Use a model that runs each of its blocks once, in order"
 def without_cache(model: nn.Module) -> dict[str, bool]:
     """Keywords that disable the key-value cache in a forward on token ids.
 
-    Some forwards of transformers pass `use_cache` on as a keyword, without a parameter of that name.
+    Some forwards of transformers pass `use_cache` on as a keyword, without a parameter of that name. That of a model of
+    images and text reads it from the configuration of its text decoder.
     """
     named = inspect.signature(model.forward).parameters
     others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in named.values())
-    passed_on = others and hasattr(getattr(model, "config", None), "use_cache")
+    config = getattr(model, "config", None)
+    passed_on = others and hasattr(text_part(config), "use_cache")
     return {"use_cache": False} if "use_cache" in named or passed_on else {}
 
 
