@@ -154,7 +154,7 @@ def compensating_biases(
 def influence_scores(backend: Backend, found: ActivationStatistics, seed: int) -> dict[str, FloatArray]:
     """Block influence (ShortGPT, Men et al. 2024), 1 - cos(input, output) of a block, in equal parts to its units."""
     groups = block_groups(backend.graph)
-    units = Counter({group.layer: 0 for group in groups})
+    units = Counter[int]()
     for group in groups:
         units[group.layer] += group.units
     return {one.name: np.full(one.units, found.influence[one.layer] / units[one.layer]) for one in groups}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import shutil
 import uuid
@@ -11,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from saap.core.errors import OutputError
+from saap.core.errors import ModelError, OutputError
 from saap.core.files import part_of
+from saap.models.loading.references import read_config
 
 _SPARE_BYTES = 64 * 1024**2
 
@@ -41,18 +41,12 @@ def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise OutputError(f"The folder {out} exists", "Choose another --out, or use --overwrite")
-        if not _is_model(out):
-            raise OutputError(f"The folder {out} contains something that is not a model", "Choose another --out")
+        try:
+            read_config(out)
+        except ModelError:
+            problem = f"The folder {out} contains something that is not a model"
+            raise OutputError(problem, "Choose another --out") from None
     check_place(out, needed_bytes)
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether the folder has the configuration of a model, rather than that of any other program."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "model_type" in config
 
 
 def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:

@@ -108,9 +108,13 @@ def _header(file: BinaryIO) -> GgufHeader:
 
 
 def bytes_per_token(path: Path) -> int:
-    """Bytes read per token: all tensors except an embedding that is not tied to the output."""
-    sizes = {tensor.name: tensor.nbytes for tensor in read_header(path).tensors}
-    return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
+    """Bytes read per token: all tensors except an embedding that is not tied to the output, and experts not chosen."""
+    header = read_header(path)
+    sizes = {tensor.name: tensor.nbytes for tensor in header.tensors}
+    read = sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
+    count, chosen = (int(header.own(key) or 0) for key in ("expert_count", "expert_used_count"))
+    stacks = sum(size for name, size in sizes.items() if "_exps." in name)
+    return read - (stacks - stacks * chosen // count if count else 0)
 
 
 def _counts(file: BinaryIO) -> list[int]:

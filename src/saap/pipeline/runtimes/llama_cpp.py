@@ -17,7 +17,7 @@ from saap.export.gguf.quantize import quantize, unquantized
 from saap.export.gguf.write import write_gguf
 from saap.export.placing import check_place
 from saap.export.source import open_source
-from saap.models.checkpoint.gguf_files import bytes_per_token, read_header
+from saap.models.checkpoint.gguf_files import bytes_per_token
 from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.settings.evaluate import SpeedSettings
@@ -58,7 +58,7 @@ class LlamaCppRuntime:
                     quantize(first, file, settings.gguf_type, {})
             context = settings.prompt_tokens + settings.new_tokens + 1
             with LlamaCpp(file, context=context, threads=torch.get_num_threads()) as model:
-                yield cls(model, bytes_per_token(file) - _bytes_of_other_experts(file))
+                yield cls(model, bytes_per_token(file))
 
     def read(self, ids: Sequence[int]) -> int:
         """Read a prompt into an empty cache."""
@@ -69,13 +69,3 @@ class LlamaCppRuntime:
         """Read one more token."""
         self._length += 1
         return int(self._model.feed([token], start=self._length - 1)[-1].argmax())
-
-
-def _bytes_of_other_experts(file: Path) -> int:
-    """Bytes of the experts that a token is not routed to."""
-    header = read_header(file)
-    counts = {key.rpartition(".")[2]: one.value for key, one in header.fields.items() if ".expert_" in key}
-    if "expert_count" not in counts or "expert_used_count" not in counts:
-        return 0
-    stacks = sum(tensor.nbytes for tensor in header.tensors if "_exps." in tensor.name)
-    return stacks - stacks * int(counts["expert_used_count"]) // int(counts["expert_count"])
