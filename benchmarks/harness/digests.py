@@ -52,11 +52,11 @@ def _read_equal() -> dict[str, list[list[str]]]:
 
 
 def _equals(digest: str, pairs: Sequence[Sequence[str]] | None) -> set[str]:
-    """The digest, and those of code that was changed from it, one change after the other, and computes the same."""
-    found = {digest}
-    for before, after in pairs or ():
-        if before in found:
-            found.add(after)
+    """The digest, and those of code that computes the same, over any number of changes."""
+    found, left = {digest}, [set(pair) for pair in pairs or ()]
+    while near := [pair for pair in left if pair & found]:
+        found = found.union(*near)
+        left = [pair for pair in left if pair not in near]
     return found
 
 

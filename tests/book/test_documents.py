@@ -120,6 +120,8 @@ def test_code_that_computes_the_same_leaves_cells_current(tmp_path, monkeypatch)
     record_equal({**now, "data": "first"}, {**now, "data": "second"})
     record_equal({**now, "data": "second"}, now)
     assert [name for name, _ in stale(cells, ["data", "core"])] == ["other"]
+    record_equal({**now, "data": "first"}, {**now, "data": "other"})  # so that it is as good as the second
+    assert [name for name, _ in stale(cells, ["data", "core"])] == []
 
 
 def test_code_that_is_edited_during_a_run_makes_its_cells_stale(tmp_path, monkeypatch):
