@@ -42,8 +42,9 @@ def record_equal(before: Mapping[str, str], after: Mapping[str, str]) -> None:
     """Note that code with these digests computes the same: `scripts/run_digests.py` has compared it."""
     known = _read_equal()
     for part in before.keys() & after.keys():
-        if before[part] != after[part]:
-            known.setdefault(part, []).append([before[part], after[part]])
+        pair = [before[part], after[part]]
+        if before[part] != after[part] and pair not in known.get(part, ()):
+            known.setdefault(part, []).append(pair)
     EQUAL.write_text(json.dumps({part: known[part] for part in sorted(known)}, indent=1) + "\n")
 
 
