@@ -8,7 +8,7 @@ MODULES = (
     "method.allocation", "method.calibration", "quality.families", "quality.experts",
     "quality.vocabulary", "quality.multilingual", "quality.multimodal", "quality.recovery",
     "quality.group_sizes", "quality.vllm", "method.overlap",
-    "cost.estimation_cost", "cost.cost", "cost.shapes", "cost.expert_shapes", "cost.speed",
+    "cost.estimation_cost", "cost.training_cost", "cost.cost", "cost.shapes", "cost.expert_shapes", "cost.speed",
     "cost.vllm_speed", "cost.processes", "cost.accelerator", "cost.device_limit", "cost.forecast",
     "cost.hardware", "cost.gguf_files", "quality.mlx", "cost.gguf_types",
 )  # fmt: skip

@@ -198,7 +198,7 @@ def test_a_packaged_model_that_is_not_installed_says_how(monkeypatch: pytest.Mon
 def test_a_loaded_model_is_ready_and_its_digest_follows_the_weights(folder: Path) -> None:
     model = load(folder, device="cpu")
     assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
     first = model_ref(model, "here")
     assert first == model_ref(load(folder, device="cpu"), "elsewhere")
     model.lm_head.weight.data[3, 5] += 1

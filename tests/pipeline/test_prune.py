@@ -187,6 +187,13 @@ def test_a_loaded_model_is_not_changed_and_token_ids_are_taken(source: Path) -> 
     assert logits(result.model, TOKENS).isfinite().all()
 
 
+def test_a_result_can_be_trained(source: Path, tmp_path: Path) -> None:
+    result = saap.prune(source, pruning_ratio=0.2, out=tmp_path / "small", **SETTINGS)
+    for model in (result.model, saap.load(tmp_path / "small")):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_keeping_everything_leaves_the_bits_as_they_were(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "same"
     saap.prune(source, pruning_ratio=0.0, out=out, **SETTINGS)

@@ -1,115 +1,186 @@
-"""Ablation of our additions, one at a time."""
+"""Ablation: what each part of the search and the reconstruction is worth, taken away one at a time."""
 
-from functools import cache
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
 
+import torch
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
-from lab.commands import VALIDATION
-from lab.dense import Dense, Ratios, opened
-from lab.measures import mean_and_spread
+from lab.dense import Dense, Ratios, opened, source_of
 from lab.texts import TEXTS
-from torch import nn
+from torch import Tensor
 
+from experiments.quality.models import GEMMA, SMOLLM2
 from saap.core.records import Layout, StructurePlan
+from saap.data.samples import leading_ids
+from saap.models.loading.devices import quick_products
+from saap.models.walk.backend import Backend
+from saap.pipeline.prune.making import DISTILLED_LENGTH, EVALUATED_SEQUENCES
 from saap.settings.presets import PRESETS, Preset
-from saap.settings.prune import PrunableRole
+from saap.settings.prune import PrunableRole, SkipLayers
 from saap.settings.registry import Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, search
 from saap.structure_search.problem import SearchGuide
-from saap.surgery.reconstruct import ReconstructionSettings
+from saap.surgery.cut import cut
+from saap.surgery.distillation import DistillationText, distill, split_shorter
+from saap.surgery.held_out import MICRO_BATCH
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
-RATIO = 0.2
-MEASURED = ("wikitext2", "novel")
-WITHOUT = {
-    "everything": "nothing is taken away",
-    "search": "the first candidate, unmeasured, in place of the best of those measured",
-    "module-ratios": "the same share in every module that is not protected, unmeasured",
-    "local-choice": "the plan's own units, by importance, in place of the second-order choice on the pruned stream",
-    "residual-target": "the dense module's output alone as the target of the reconstruction",
-    "restoration": "cut only",
+MODELS = (SMOLLM2, GEMMA)
+ROLES = (PrunableRole.FFN, PrunableRole.ATTENTION)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What is done, in words and settings.
+
+    search: whether candidates are measured. protected: whether both ends are. importance: whether it weighs in the
+    choice of units. how: the least squares, None for none. distilled: share of the tokens for the distillation.
+    """
+
+    meaning: str
+    search: bool = False
+    protected: bool = True
+    importance: bool = True
+    how: ReconstructionSettings | None = field(default_factory=ReconstructionSettings)
+    distilled: float = 0.5
+
+
+EVERYTHING = "everything"
+VARIANTS: Mapping[str, Variant] = {
+    EVERYTHING: Variant(meaning="the preset `fast`: half of the tokens for least squares, half for the distillation"),
+    "least squares alone": Variant(meaning="no distillation, all tokens for least squares", distilled=0.0),
+    "own units": Variant(
+        meaning="the plan's units by importance, not those chosen on the pruned stream",
+        how=ReconstructionSettings(second_order=False),
+    ),
+    "no importance": Variant(meaning="units chosen on the pruned stream by second-order cost alone", importance=False),
+    "module target": Variant(
+        meaning="least squares towards the dense module's output, not the dense residual stream",
+        how=ReconstructionSettings(residual_target=False),
+    ),
+    "ends too": Variant(meaning="the layers at both ends lose as much as the others", protected=False),
+    "search": Variant(meaning="with the search of the preset `default` on top", search=True),
+    "cut only": Variant(meaning="neither least squares nor distillation", how=None, distilled=0.0),
 }
-DEFAULTS = PRESETS[Preset.DEFAULT]
+CELLS = [f"{model}/{name}" for model in MODELS for name in VARIANTS]
+FAST, SEARCHED = PRESETS[Preset.FAST], PRESETS[Preset.DEFAULT]
 SETTINGS = {
-    "model": "{model}", "calibration": VALIDATION, "seeds": Scaled([0], [0, 1, 2]),
-    "pruning ratio": RATIO, "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
-    "candidates": Scaled(3, DEFAULTS.search_evaluations), "held-out samples": Scaled(2, DEFAULTS.held_sequences),
-    "refit sequences": Scaled(4, 32), "refit length": Scaled(64, 512), "measured tokens": Scaled(512, 8192),
+    "calibration": "mixed", "seed": 0, "pruning ratio": 0.2, "samples": Scaled(4, 50),
+    "sample length": Scaled(32, FAST.sample_length), "candidates": Scaled(3, SEARCHED.search_evaluations),
+    "held-out samples": Scaled(2, SEARCHED.held_sequences), "refit sequences": Scaled(8, FAST.refit_sequences),
+    "refit length": Scaled(64, FAST.refit_length), "measured tokens": Scaled(512, 8192),
 }  # fmt: skip
-
-
-def cells(request: Request) -> Names:
-    return [f"{name}-{seed}" for seed in request.settings["seeds"] for name in WITHOUT]
+SMOKE = False
+PARTIAL = True
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    chosen = request.settings
-    with opened(request.model) as dense:
-        ratios = Ratios(dense, chosen["measured tokens"], {name: TEXTS[name] for name in MEASURED})
-        for seed in chosen["seeds"]:
-            names = [name for name in WITHOUT if f"{name}-{seed}" in wanted]
-            if not names:
-                continue
-            prepared = Prepared(dense, chosen, seed)
-            plan_without = cache(prepared.plan)
-            for name in names:
-                plan = plan_without(name if name in ("search", "module-ratios") else "everything")
-                removed = 1 - plan.block_parameters / dense.graph.block_parameters
-                yield f"{name}-{seed}", {"ratio": ratios.of(prepared.model(plan, name)), "removed": removed}
+    for source in dict.fromkeys(cell.partition("/")[0] for cell in wanted):
+        with opened(source_of(request, source)) as dense:
+            pruning = Pruning(dense, request.settings)
+            for cell in wanted:
+                model, _, name = cell.partition("/")
+                if model == source:
+                    yield cell, pruning.measured(VARIANTS[name])
 
 
-class Prepared:
-    """Scores, evaluator and reconstruction text of one seed, as in a run calibrated on a file."""
+class Pruning:
+    """A dense model with its scores, texts and perplexities, to be pruned in several ways."""
 
-    def __init__(self, dense: Dense, chosen: Values, seed: int) -> None:
-        self._dense, self._candidates, self._seed = dense, chosen["candidates"], seed
+    def __init__(self, dense: Dense, chosen: Values) -> None:
+        self._dense, self._chosen = dense, chosen
         length = chosen["sample length"]
         samples = dense.samples(
-            VALIDATION, seed, scored=(chosen["samples"], length), held=(chosen["held-out samples"], length),
-            refit=(chosen["refit sequences"], chosen["refit length"]),
+            chosen["calibration"], chosen["seed"], scored=(chosen["samples"], length),
+            held=(chosen["held-out samples"], length), refit=(chosen["refit sequences"], chosen["refit length"]),
         )  # fmt: skip
-        self._scores, self._text = dense.token_fisher(samples["scored"]), dense.ids(samples["refit"])
+        self._scores = dense.token_fisher(samples["scored"])
+        self._text = self._shuffled(dense.ids(samples["refit"]))
         self._evaluator = StructureEvaluator(dense.backend, dense.ids(samples["held"]))
+        self._ratios = Ratios(dense, chosen["measured tokens"], TEXTS)
 
-    def plan(self, without: str) -> StructurePlan:
-        """The plan of the default search, without the search, or with equal ratios in all modules."""
-        graph, roles = self._dense.graph, (PrunableRole.FFN, PrunableRole.ATTENTION)
-        space = SearchSpace(roles=roles, layout=Layout.ADAPTIVE, align=self._dense.align)
-        strategy, guide = Strategy.UNIFORM if without == "module-ratios" else Strategy.ADAPTIVE, SearchGuide()
-        if without == "everything":
+    def measured(self, variant: Variant) -> Values:
+        plan = self._plan(variant)
+        model = copy.deepcopy(self._dense.model)
+        backend = dataclasses.replace(self._dense.backend, model=model, products=quick_products(torch.device("cpu")))
+        if variant.how is None:
+            cut(model, self._dense.graph, plan)
+        else:
+            self._restore(backend, plan, variant, variant.how)
+        return {
+            "ratio": self._ratios.of(model),
+            "removed": 1 - plan.block_parameters / self._dense.graph.block_parameters,
+        }
+
+    def _plan(self, variant: Variant) -> StructurePlan:
+        graph = self._dense.graph
+        ends = None if variant.protected else SkipLayers()
+        space = SearchSpace(roles=ROLES, layout=Layout.ADAPTIVE, align=self._dense.align, skip_layers=ends)
+        guide = SearchGuide()
+        if variant.search:
             guide = SearchGuide(
-                evaluator=self._evaluator, evaluations=self._candidates, reconstructed=True, seed=self._seed
-            )
-        return search(graph, self._scores, budget_for_ratio(graph, RATIO), space, strategy, guide)
+                evaluator=self._evaluator, evaluations=self._chosen["candidates"], reconstructed=True,
+                seed=self._chosen["seed"],
+            )  # fmt: skip
+        budget = budget_for_ratio(graph, self._chosen["pruning ratio"])
+        return search(graph, self._scores, budget, space, Strategy.ADAPTIVE, guide)
 
-    def model(self, plan: StructurePlan, without: str) -> nn.Module:
-        """The pruned model without an addition."""
-        if without == "restoration":
-            return self._dense.pruned(plan)
-        local = without != "local-choice"
-        means = {group: score.mean for group, score in self._scores.items()} if local else None
-        target = without != "residual-target"
-        how = ReconstructionSettings(second_order=local, scores=means, residual_target=target)
-        return self._dense.pruned(plan, self._text, how)
+    def _restore(self, backend: Backend, plan: StructurePlan, variant: Variant, how: ReconstructionSettings) -> None:
+        """As `saap prune` does it."""
+        means = {group: score.mean for group, score in self._scores.items()}
+        how = dataclasses.replace(how, scores=means if variant.importance and how.second_order else None)
+        fitted, others = self._text.tensor_split([len(self._text) - round(variant.distilled * len(self._text))])
+        first, held = len(others) - min(EVALUATED_SEQUENCES, len(others) // 4), others
+        if len(others):
+            leading = leading_ids(self._dense.loaded.tokenizer)
+            taught, held = split_shorter(others, first, DISTILLED_LENGTH, leading)
+            others = torch.cat([self._shuffled(taught), held])
+        done = reconstruct(backend, plan, fitted, how, others)
+        keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}
+        cut(backend.model, self._dense.graph, dataclasses.replace(plan, keep=keep))
+        text = DistillationText(tokens=others, teacher=done.dense, held_out=len(held), micro_batch=MICRO_BATCH)
+        distill(backend, self._dense.graph.blocks, text)
+
+    def _shuffled(self, sequences: Tensor) -> Tensor:
+        return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(self._chosen["seed"]))]
 
 
 def summarise(cells: Cells) -> Values:
-    found = {}
-    for name in WITHOUT:
-        ratios = [cell["ratio"] for key, cell in cells.items() if key.startswith(f"{name}-")]
-        found[name] = {text: mean_and_spread([ratio[text] for ratio in ratios]) for text in MEASURED}
-    full = found["everything"]["wikitext2"][0]
-    loss = {name: values["wikitext2"][0] / full for name, values in found.items() if name != "everything"}
-    most, least = max(loss, key=lambda name: loss[name]), min(loss, key=lambda name: loss[name])
-    return {
-        "variants": found, "meaning": WITHOUT, "factor": loss, "seeds": len(cells) // len(WITHOUT),
-        "most": most, "least": least,
-    }  # fmt: skip
+    tables: list[dict[str, Any]] = []
+    for model in MODELS:
+        rows = {name: cells[f"{model}/{name}"]["ratio"] for name in VARIANTS if f"{model}/{name}" in cells}
+        if EVERYTHING in rows:
+            whole = _mean(rows[EVERYTHING])
+            means = {name: _mean(ratios) for name, ratios in rows.items()}
+            tables.append({
+                "model": model, "rows": rows, "means": means,
+                "factors": {name: mean / whole for name, mean in means.items() if name != EVERYTHING},
+            })  # fmt: skip
+    meanings = {name: one.meaning for name, one in VARIANTS.items()}
+    found: dict[str, Any] = {"tables": tables, "meanings": meanings, "texts": list(TEXTS)}
+    if tables:
+        factors: dict[str, float] = tables[0]["factors"]
+        restored = {name: factor for name, factor in factors.items() if VARIANTS[name].how is not None}
+        most, most_of_parts = (max(one.items(), key=itemgetter(1))[0] for one in (factors, restored))
+        found |= {"most": most, "most_of_parts": most_of_parts}
+    return found
+
+
+def _mean(ratios: Mapping[str, float]) -> float:
+    """Geometric mean over the texts."""
+    return math.exp(sum(map(math.log, ratios.values())) / len(ratios))
 
 
 def figures(summary: Values) -> Figures:
-    names = list(summary["variants"])
-    values = {text: [summary["variants"][name][text][0] for name in names] for text in MEASURED}
-    labels = [name if name == "everything" else f"without {name}" for name in names]
-    return [bars("ablation", values, labels, x="perplexity / dense")]
+    tables = {table["model"]: table["means"] for table in summary["tables"]}
+    names = [name for name in VARIANTS if all(name in means for means in tables.values())]
+    values = {model: [means[name] for name in names] for model, means in tables.items()}
+    return [bars("ablation", values, names, x="perplexity / dense")]

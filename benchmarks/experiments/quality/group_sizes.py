@@ -1,8 +1,7 @@
-"""Group sizes of quantised tuning: perplexity, memory, time, size; and the cost of group-wise training."""
+"""Group sizes of quantised tuning: perplexity, memory, time and size."""
 
 import math
 import statistics
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,18 @@ import torch
 from harness.charts import lines
 from harness.digests import MAKING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
-from lab.commands import in_own_process, made_by_saap, pruned_folder
-from lab.memory import Peak
+from lab.commands import in_own_process, made_by_saap
 from lab.texts import TEXTS
 from lab.training import TRIAL, Size, train_into
 
 import saap
 from experiments.cost import speed
+from experiments.cost.training_cost import train
 from saap.core.errors import GroupSizeError
 from saap.discovery.blocks import find_blocks
 from saap.models.checkpoint.groupwise import linears_inside
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import resolve_model
-from saap.pipeline.shared.stages import MEASURE_BEFORE, MERGE
 from saap.recovery.quantise import check_group_sizes
 
 GROUP_SIZES = (16, 32, 64, 128)
@@ -30,9 +28,6 @@ PLAIN = "plain LoRA"
 GRIDS = OWN_GRID, OFF_GRID, TRAINED_HERE = ("4 bits, 32", "none", "none, a small model trained here")
 SMALL = Size(layers=4, width=256, inner=1024, steps=300)
 """A model with sizes that every group size divides."""
-COST_STEPS, COST_ROUNDS = 8, 3
-COSTS: dict[str, Values] = {"groupwise": {}, "groupwise, no scales": {"scales": False}, PLAIN: {"tuning": "lora"}}
-"""Settings of `saap.recover`."""
 UNTRAINED = {"max_steps": 1, "learning_rate": 1e-12}
 TASKS, QUESTIONS = ("arc_easy", "piqa"), 500
 OPTIONS = {"tasks": "DIR"}
@@ -46,34 +41,17 @@ DECIDED_BY = MAKING
 
 def cells(request: Request) -> Names:
     kinds = [*map(str, GROUP_SIZES), PLAIN]
-    return [f"{grid} | {kind}" for grid in GRIDS for kind in kinds] + [f"cost | {kind}" for kind in COSTS]
+    return [f"{grid} | {kind}" for grid in GRIDS for kind in kinds]
 
 
 def measure(request: Request, wanted: Names) -> Measured:
     """Trainings on equal tokens without a teacher, each in a separate process."""
     for cell in wanted:
         grid, _, kind = cell.partition(" | ")
-        if grid == "cost":
-            yield cell, cost_of(request, kind)
-        else:
-            model = weights_on(grid, request)
-            refused = None if kind == PLAIN else refusal(model, int(kind))
-            tasks = request.given.get("tasks") if grid == OFF_GRID else None
-            yield cell, {"refused": refused} if refused else in_own_process(tuned, request.settings, model, kind, tasks)
-
-
-def train(model: str, length: int, steps: int, **chosen: Any) -> tuple[saap.RecoverResult, Values]:
-    """One tuning without a teacher, its additional peak memory, and the seconds of its steps."""
-    fixed: dict[str, Any] = {"validation_samples": 1, "patience": 0, "distillation": 0.0, "device": "cpu"}
-    with Peak() as peak:
-        done = saap.recover(
-            model, max_seq_length=length, **{"validate_every": steps, "max_steps": steps, **fixed, **chosen}
-        )
-    stages = [stage for stage in done.report.stages if stage.name not in (MEASURE_BEFORE.title, MERGE.title)]
-    return done, {
-        "peak_bytes": max(stage.peak_resident_bytes for stage in stages) - peak.before,
-        "step_seconds": [later.seconds - earlier.seconds for earlier, later in pairwise(done.training.points)][:-1],
-    }  # fmt: skip
+        model = weights_on(grid, request)
+        refused = None if kind == PLAIN else refusal(model, int(kind))
+        tasks = request.given.get("tasks") if grid == OFF_GRID else None
+        yield cell, {"refused": refused} if refused else in_own_process(tuned, request.settings, model, kind, tasks)
 
 
 def tuned(chosen: Values, model: str, kind: str, tasks: str | None) -> Values:
@@ -128,37 +106,16 @@ def refusal(model: str, group_size: int) -> str | None:
     return None
 
 
-def cost_of(request: Request, kind: str) -> Values:
-    """Peak memory above the imports and seconds per step of the pruned model: medians of the rounds."""
-    model = str(pruned_folder(request, "--effort", "fast", name="fast"))
-    steps, length = request.size(4, COST_STEPS), request.settings["length"]
-    runs = [in_own_process(cost_once, model, length, steps, COSTS[kind]) for _ in range(request.size(1, COST_ROUNDS))]
-    return {
-        "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
-        "seconds_a_step": statistics.median(value for run in runs for value in run["step_seconds"]),
-    }
-
-
-def cost_once(model: str, length: int, steps: int, how: Values) -> Values:
-    torch.set_num_threads(1)
-    return train(model, length, steps, **how)[1]
-
-
 def summarise(found: Cells) -> Values:
     of = {tuple(name.split(" | ")): cell for name, cell in found.items() if " | " in name}
-    tuned = {key: cell for key, cell in of.items() if key[0] != "cost" and "refused" not in cell}
+    tuned = {key: cell for key, cell in of.items() if "refused" not in cell}
     rows = [{"source_grid": grid, "group_size": kind, **cell} for (grid, kind), cell in tuned.items()]
     off_grid = [row for row in rows if row["source_grid"] == OFF_GRID]
     grouped, plain = [row for row in off_grid if row["group_size"] != PLAIN], of[OFF_GRID, PLAIN]
     best = min(grouped, key=lambda row: float(row["perplexity"]))
     largest = max(grouped, key=lambda row: int(row["group_size"]))
-    ratios = {"memory_ratio": "peak_bytes", "time_ratio": "seconds_a_step"}
-    cost = {}
-    for kind in COSTS:
-        row, usual = of["cost", kind], of["cost", PLAIN]
-        cost[kind] = {**row, **{ratio: row[name] / usual[name] for ratio, name in ratios.items()}}
     return {
-        "rows": rows, "best": best, "largest": largest, "cost": cost,
+        "rows": rows, "best": best, "largest": largest,
         "refused": {(cell["refused"], kind): None for (_, kind), cell in of.items() if "refused" in cell},
         "tasks": list(plain.get("tasks", {})),
         "zero_shot": {row["group_size"]: mean_accuracy(row) for row in off_grid if row.get("tasks")},

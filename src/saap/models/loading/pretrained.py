@@ -206,7 +206,8 @@ def load(
 
     dtype: None keeps the stored one. packed: for a model written by `saap recover`; its linear layers then have
     integers, scales and zero points instead of full weights. device_map: as in transformers, in place of `device`; not
-    supported for packed weights. Returns a transformers model in evaluation mode.
+    supported for packed weights. Returns a transformers model in evaluation mode, whose parameters require gradients
+    unless they are packed.
     Raises ModelError, ConfigurationError.
     """
     if device_map is not None:
@@ -217,11 +218,19 @@ def load(
     target = pick_device(device)
     stored = torch.float32 if resolved.gguf_file is not None else resolved.dtype
     if not packed:
-        return load_model(resolved, device=target, dtype=dtype or stored, device_map=device_map)
+        return trainable(load_model(resolved, device=target, dtype=dtype or stored, device_map=device_map))
     weights = read_packed(resolved.folder)
     return load_groupwise(
         resolved, lambda model: weights, lambda name, read: weights[name], device=target, dtype=dtype or stored
     )
+
+
+def trainable(model: Any) -> Any:
+    """The model, whose floating-point parameters now require gradients, as those of `from_pretrained` do."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return model
 
 
 class NotByNameError(ModelError):

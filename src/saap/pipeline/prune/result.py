@@ -13,6 +13,8 @@ from torch import nn
 
 from saap.core.manifest import KindChange, Opening, StageRecord, VocabularyRecord
 from saap.core.records import Candidate, ModelGraph, Role, StructurePlan
+from saap.models.loading.pretrained import trainable
+from saap.models.walk.offload import offloaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +89,12 @@ class PruneResult:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The pruned model. Of several results in folders, those before the last are read from them by this."""
-        return self.opener()
+        """The pruned model. Of several results in folders, those before the last are read from them by this.
+
+        It can be trained, unless its weights are in files.
+        """
+        model = self.opener()
+        return model if offloaded(model) is not None else trainable(model)
 
 
 def structure_of(graph: ModelGraph, plan: StructurePlan) -> tuple[LayerStructure, ...]:
