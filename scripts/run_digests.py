@@ -146,6 +146,8 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         tuning = ["--data", text, "--max-steps", "3", "--max-seq-length", "64", *flags]
         make = partial(pruned, small, source, *given)
         yield f"recovered, {name}", partial(recovered, make, small, folder / name, *tuning)
+    tuning = ["--max-steps", "3", "--max-seq-length", "64", *groups]
+    yield "recovered, default text", partial(recovered, make, small, folder / "recovered on mixed", *tuning)
     yield "evaluated", partial(evaluated, small)
     yield "compared", partial(compared, source, folder / "compared")
 
