@@ -311,7 +311,7 @@ def test_a_tuning_after_the_pruning_has_a_sequence_for_each_process(text: Path, 
 
 def test_a_kind_that_is_part_of_mixed_is_read_once() -> None:
     found = [
-        training_data(sources, byte_tokenizer(), length=512, held_out=1, seed=0, kinds={"code": 1, "french": 1})
+        training_data(sources, byte_tokenizer(), length=512, held_out=1, seed=0, kinds=("code", "french"))
         for sources in (["mixed"], ["mixed", "code"])
     ]
     assert len(found[0].train) == len(found[1].train)
@@ -409,14 +409,12 @@ def test_mixed_has_only_what_the_dense_model_knows() -> None:
     kinds = tuple(
         KindChange(text=text, tokens=512, before=8.0, after=9.0, bits_per_byte=bits) for text, bits in found.items()
     )
-    weights = known_kinds(RunManifest.model_construct(kinds=kinds))
-    assert weights.keys() == {"novels", "code"}
-    assert weights["code"] > weights["novels"]  # it is better predicted
+    assert set(known_kinds(RunManifest.model_construct(kinds=kinds))) == {"novels", "code"}
     assert set(known_kinds(RunManifest.model_construct(kinds=()))) == set(known_kinds(None)) == set(KINDS)
 
 
 def test_training_data_has_the_kinds_that_are_asked_for() -> None:
     read = partial(training_data, ("mixed",), byte_tokenizer(), length=512, held_out=1, seed=0)
-    whole, part = (read(kinds=kinds) for kinds in (KINDS, {"mathematics": 1}))
+    whole, part = (read(kinds=kinds) for kinds in (KINDS, ("mathematics",)))
     assert len(part.train) < len(whole.train) / 4
     assert part.digest != whole.digest

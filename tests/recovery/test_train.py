@@ -346,28 +346,6 @@ def test_every_pass_takes_every_example_once() -> None:
     assert taken[:12] != taken[12:24]
 
 
-def test_kinds_of_text_have_their_weights_in_every_pass() -> None:
-    weights = {"code": 3, "mathematics": 1, "novels": 1}
-    made = training_data(["mixed"], byte_tokenizer(), length=512, held_out=4, seed=0, kinds=weights)
-    whole = len(made.train)
-    taken = made.step_indices(0, 2 * whole)
-    of_part = [sum(index in set(indices) for index in taken[:whole]) for indices, _ in made.shares]
-    assert of_part == [share for _, share in made.shares]
-    assert [share / whole for share in of_part] == pytest.approx([0.6, 0.2, 0.2], abs=0.01)
-    code, _, novels = (set(indices) for indices, _ in made.shares)
-    assert code <= set(taken)  # a short text is repeated,
-    read = [index for index in taken if index in novels]
-    assert len(set(read)) == len(read) < len(novels)  # and of a long one each pass has another part
-
-
-def test_texts_of_the_user_count_by_their_size_next_to_mixed(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("abcdefgh" * 1000)
-    sources, kinds = ["mixed", str(tmp_path / "a.txt")], {"mathematics": 1}
-    made = training_data(sources, byte_tokenizer(), length=512, held_out=4, seed=0, kinds=kinds)
-    assert [share for _, share in made.shares] == [len(indices) for indices, _ in made.shares]
-    assert sorted(made.step_indices(0, len(made.train))) == list(range(len(made.train)))
-
-
 def test_blocks_of_plain_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefgh" * 100)
     made = training_data([tmp_path / "a.txt"], byte_tokenizer(), length=32, held_out=4, seed=0)

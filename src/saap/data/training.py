@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from saap.core.errors import TrainingDataError
 from saap.core.records import IntArray, digest_of
 from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import KINDS, MIXED, answer_turns, has_rows, read_documents, read_rows
-from saap.data.windows import parts_by_weight
 
 LEAST_BLOCK = 16
 HELD_SHARE = 10
@@ -37,56 +36,43 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """train: training examples. held_out: validation examples. sources: their names. seed: of split and order.
-
-    shares: by part of the data, the indices into `train` and how many of them an epoch has; empty: all of them, once.
-    """
+    """train: training examples. held_out: validation examples. sources: their names. seed: of split and order."""
 
     sources: tuple[str, ...]
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     seed: int
-    shares: tuple[tuple[tuple[int, ...], int], ...] = ()
 
     @property
     def digest(self) -> str:
-        """sha256 over all tokens, their loss masks, the shares, and the seed."""
+        """sha256 over all tokens, their loss masks, and the seed."""
         parts = [digest_of([one.tokens, one.learned.astype(np.int64)]) for one in (*self.train, *self.held_out)]
-        return digest_of([parts, len(self.held_out), self.seed, *([self.shares] if self.shares else [])])
+        return digest_of([parts, len(self.held_out), self.seed])
 
     def step_indices(self, step: int, batch: int) -> list[int]:
         """Indices into `train` of the examples of one step; a function of seed and step alone, so nothing is stored.
 
         Every epoch has its own random order; a batch may span the end of one epoch and the beginning of the next.
         """
-        count = sum(share for _, share in self.shares) or len(self.train)
+        count = len(self.train)
         places = range(step * batch, (step + 1) * batch)
-        orders = {epoch: self._order(epoch, count) for epoch in {place // count for place in places}}
+        orders = {
+            epoch: np.random.default_rng([self.seed, epoch]).permutation(count)
+            for epoch in {place // count for place in places}
+        }
         return [int(orders[place // count][place % count]) for place in places]
-
-    def _order(self, epoch: int, count: int) -> IntArray:
-        drawn = [self._drawn(part, epoch) for part in range(len(self.shares))] or [np.arange(count)]
-        return np.concatenate(drawn)[np.random.default_rng([self.seed, epoch]).permutation(count)]
-
-    def _drawn(self, part: int, epoch: int) -> IntArray:
-        """The examples of a part in an epoch: it is read again and again, each time in another order."""
-        indices, share = self.shares[part]
-        turns, places = np.divmod(np.arange(epoch * share, (epoch + 1) * share), len(indices))
-        orders = {turn: np.random.default_rng([self.seed, part, turn]).permutation(indices) for turn in set(turns)}
-        return np.array([orders[turn][place] for turn, place in zip(turns, places, strict=True)], dtype=np.int64)
 
 
 def training_data(
     sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held_out: int, seed: int, bos: bool = True,
-    kinds: Mapping[str, int] = KINDS,
+    kinds: Collection[str] = KINDS,
 ) -> TrainingData:  # fmt: skip
     """Read all sources, and hold out some examples for validation.
 
     sources: as `read_documents` takes them (plain text is cut into blocks of `length` tokens that do not overlap), or a
     .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, of which the answers are
     learned. length: longer conversations are cut. held_out: examples for validation, at most a tenth, at least
-    one. bos: whether sequences begin with the tokenizer's leading ids. kinds: of text that `mixed` stands for, with
-    their weights: it has as many examples as all of them, in these proportions. Other sources count by their size.
+    one. bos: whether sequences begin with the tokenizer's leading ids. kinds: of text that `mixed` stands for.
     Raises TrainingDataError, CalibrationError.
     """
     if not sources:
@@ -94,8 +80,7 @@ def training_data(
     leading = leading_ids(tokenizer, bos=bos)
     # the bundled kinds one by one, so that no block spans two of them, and each once
     parts = dict.fromkeys(part for source in sources for part in (kinds if source == MIXED else (source,)))
-    found = [(str(part), one) for part in parts for one in _examples(part, tokenizer, length, leading)]
-    examples = [one for _, one in found]
+    examples = [one for part in parts for one in _examples(part, tokenizer, length, leading)]
     if len(examples) < 2:
         raise TrainingDataError(
             f"{', '.join(map(str, sources))} provides {len(examples)} examples of {length} tokens",
@@ -103,29 +88,12 @@ def training_data(
         )
     order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
     held_back = max(1, min(held_out, len(examples) // HELD_SHARE))
-    trained = order[held_back:]
     return TrainingData(
         sources=tuple(str(source) for source in sources),
-        train=tuple(examples[index] for index in trained),
+        train=tuple(examples[index] for index in order[held_back:]),
         held_out=tuple(examples[index] for index in order[:held_back]),
         seed=seed,
-        shares=_shares([found[index][0] for index in trained], kinds) if MIXED in sources else (),
     )
-
-
-def _shares(parts: Sequence[str], weights: Mapping[str, int]) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """By part: the indices of its examples, and how many of an epoch are its own. parts: of each example.
-
-    weights: of the parts that share the number of their examples in proportion; each of the others has its own number.
-    """
-    indices: dict[str, list[int]] = {}
-    for index, part in enumerate(parts):
-        indices.setdefault(part, []).append(index)
-    weighted = [part for part in weights if part in indices]
-    total = sum(len(indices[part]) for part in weighted)
-    shares = dict(zip(weighted, parts_by_weight(total, [weights[part] for part in weighted]), strict=True))
-    shares |= {part: len(found) for part, found in indices.items() if part not in shares}
-    return tuple((tuple(indices[part]), share) for part, share in shares.items())
 
 
 def _examples(source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> list[Example]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,22 +112,19 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     )  # fmt: skip
 
 
-def read_data(config: RecoverConfig, tokenizer: Any | None, kinds: Mapping[str, int] = KINDS) -> TrainingData:
-    """The training data of a recovery. kinds: of text in `mixed`, with weights.
-
-    Raises TrainingDataError, CalibrationError.
-    """
+def read_data(config: RecoverConfig, tokenizer: Any | None, kinds: Collection[str] = KINDS) -> TrainingData:
+    """The training data of a recovery. kinds: of text in `mixed`. Raises TrainingDataError, CalibrationError."""
     return training_data(
         config.data, tokenizer, length=config.length, held_out=config.validation_samples, seed=config.seed,
         bos=config.bos, kinds=kinds,
     )  # fmt: skip
 
 
-def known_kinds(earlier: RunManifest | None) -> dict[str, int]:
-    """Weights of the kinds of text that the dense model predicts well enough to teach them, as the pruning measured."""
+def known_kinds(earlier: RunManifest | None) -> Collection[str]:
+    """The kinds of text that the dense model predicts well enough to teach them, as the pruning has measured it."""
     measured = {one.text: one.bits_per_byte for one in (() if earlier is None else earlier.kinds)}
     weights = kind_weights({kind: bits for kind, bits in measured.items() if bits is not None})
-    return {kind: weight for kind, weight in weights.items() if weight}
+    return [kind for kind, weight in weights.items() if weight]
 
 
 def check_tuning(config: RecoverConfig, resolved: ResolvedModel) -> None:
