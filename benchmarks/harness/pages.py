@@ -12,7 +12,7 @@ import jinja2
 from harness.driver import State, state_of
 from harness.experiment import Experiment, Request
 from saap.core.files import whole_file
-from saap.reporting.figures import Figure, to_svg
+from saap.reporting.figures import Figure, slug, to_svg
 from saap.settings.presets import PRESETS, Preset
 from saap.settings.prune import PruneConfig
 from saap.settings.recover import DEFAULT_MINUTES, RecoverConfig
@@ -66,7 +66,7 @@ def charts(experiment: Experiment, summary: Mapping[str, Any]) -> list[Figure]:
     """The charts with the titles and texts of the block `charts`, whose lines are `NAME | TITLE | TEXT`."""
     said = [line.split(" | ") for line in _rendered(experiment, "charts", summary).splitlines()]
     drawn = {figure.name: figure for figure in experiment.figures(summary)}
-    return [dataclasses.replace(drawn[name], title=title, text=text) for name, title, text in said]
+    return [dataclasses.replace(drawn[slug(name)], title=title, text=text) for name, title, text in said]
 
 
 def product_defaults() -> dict[str, Any]:

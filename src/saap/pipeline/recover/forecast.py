@@ -18,7 +18,7 @@ from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.settings.recover import RecoverConfig, Tuning
 
-LAWS: Mapping[Tuning, tuple[float, float]] = {Tuning.FULL: (35_000.0, 0.245)}
+LAWS: Mapping[Tuning, tuple[float, float]] = {Tuning.FULL: (140_000.0, 0.346)}
 """Tokens T and exponent b of the share of the gap that is closed after n tokens, 1 - (1 + n / T)^-b."""
 
 
