@@ -18,8 +18,8 @@ from saap.models.walk.spill import Spill
 from saap.structure_search.plan import make_plan
 from saap.surgery import distillation
 from saap.surgery.cut import cut
-from saap.surgery.distillation import RANK, DistillationText, distill, shorter, split_shorter, updated_modules
-from saap.surgery.held_out import MICRO_BATCH, held_out_sequences
+from saap.surgery.distillation import RANK, DistillationText, distill, updated_modules
+from saap.surgery.held_out import MICRO_BATCH, held_out_sequences, shorter, split_shorter
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 

@@ -2,25 +2,23 @@
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-import torch
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.dense import Dense, Ratios, opened, source_of
+from lab.measures import geometric_mean
 from lab.texts import TEXTS
-from torch import Tensor
+from torch import nn
 
 from experiments.quality.models import GEMMA, SMOLLM2
 from saap.core.records import Layout, StructurePlan
 from saap.data.samples import leading_ids
 from saap.models.loading.devices import quick_products
 from saap.models.walk.backend import Backend
-from saap.pipeline.prune.making import DISTILLED_LENGTH, EVALUATED_SEQUENCES
 from saap.settings.presets import PRESETS, Preset
 from saap.settings.prune import PrunableRole, SkipLayers
 from saap.settings.registry import Strategy
@@ -29,8 +27,8 @@ from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, search
 from saap.structure_search.problem import SearchGuide
 from saap.surgery.cut import cut
-from saap.surgery.distillation import DistillationText, distill, split_shorter
-from saap.surgery.held_out import MICRO_BATCH
+from saap.surgery.distillation import DistillationText, distill
+from saap.surgery.held_out import MICRO_BATCH, divided
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 MODELS = (SMOLLM2, GEMMA)
@@ -103,18 +101,13 @@ class Pruning:
             held=(chosen["held-out samples"], length), refit=(chosen["refit sequences"], chosen["refit length"]),
         )  # fmt: skip
         self._scores = dense.token_fisher(samples["scored"])
-        self._text = self._shuffled(dense.ids(samples["refit"]))
+        self._text = dense.ids(samples["refit"])
         self._evaluator = StructureEvaluator(dense.backend, dense.ids(samples["held"]))
         self._ratios = Ratios(dense, chosen["measured tokens"], TEXTS)
 
     def measured(self, variant: Variant) -> Values:
         plan = self._plan(variant)
-        model = copy.deepcopy(self._dense.model)
-        backend = dataclasses.replace(self._dense.backend, model=model, products=quick_products(torch.device("cpu")))
-        if variant.how is None:
-            cut(model, self._dense.graph, plan)
-        else:
-            self._restore(backend, plan, variant, variant.how)
+        model = self._dense.pruned(plan) if variant.how is None else self._restored(plan, variant, variant.how)
         return {
             "ratio": self._ratios.of(model),
             "removed": 1 - plan.block_parameters / self._dense.graph.block_parameters,
@@ -133,24 +126,18 @@ class Pruning:
         budget = budget_for_ratio(graph, self._chosen["pruning ratio"])
         return search(graph, self._scores, budget, space, Strategy.ADAPTIVE, guide)
 
-    def _restore(self, backend: Backend, plan: StructurePlan, variant: Variant, how: ReconstructionSettings) -> None:
+    def _restored(self, plan: StructurePlan, variant: Variant, how: ReconstructionSettings) -> nn.Module:
         """As `saap prune` does it."""
         means = {group: score.mean for group, score in self._scores.items()}
-        how = dataclasses.replace(how, scores=means if variant.importance and how.second_order else None)
-        fitted, others = self._text.tensor_split([len(self._text) - round(variant.distilled * len(self._text))])
-        first, held = len(others) - min(EVALUATED_SEQUENCES, len(others) // 4), others
-        if len(others):
-            leading = leading_ids(self._dense.loaded.tokenizer)
-            taught, held = split_shorter(others, first, DISTILLED_LENGTH, leading)
-            others = torch.cat([self._shuffled(taught), held])
+        how = dataclasses.replace(how, scores=means if variant.importance else None)
+        leading, graph = leading_ids(self._dense.loaded.tokenizer), self._dense.graph
+        fitted, others, held_out = divided(self._text, self._chosen["seed"], leading, share=variant.distilled)
+        backend = Backend(copy.deepcopy(self._dense.model), graph, products=quick_products(self._text.device))
         done = reconstruct(backend, plan, fitted, how, others)
-        keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}
-        cut(backend.model, self._dense.graph, dataclasses.replace(plan, keep=keep))
-        text = DistillationText(tokens=others, teacher=done.dense, held_out=len(held), micro_batch=MICRO_BATCH)
-        distill(backend, self._dense.graph.blocks, text)
-
-    def _shuffled(self, sequences: Tensor) -> Tensor:
-        return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(self._chosen["seed"]))]
+        cut(backend.model, graph, plan)
+        text = DistillationText(tokens=others, teacher=done.dense, held_out=held_out, micro_batch=MICRO_BATCH)
+        distill(backend, graph.blocks, text)
+        return backend.model
 
 
 def summarise(cells: Cells) -> Values:
@@ -158,11 +145,10 @@ def summarise(cells: Cells) -> Values:
     for model in MODELS:
         rows = {name: cells[f"{model}/{name}"]["ratio"] for name in VARIANTS if f"{model}/{name}" in cells}
         if EVERYTHING in rows:
-            whole = _mean(rows[EVERYTHING])
-            means = {name: _mean(ratios) for name, ratios in rows.items()}
+            means = {name: geometric_mean(list(ratios.values())) for name, ratios in rows.items()}
             tables.append({
                 "model": model, "rows": rows, "means": means,
-                "factors": {name: mean / whole for name, mean in means.items() if name != EVERYTHING},
+                "factors": {name: mean / means[EVERYTHING] for name, mean in means.items() if name != EVERYTHING},
             })  # fmt: skip
     meanings = {name: one.meaning for name, one in VARIANTS.items()}
     found: dict[str, Any] = {"tables": tables, "meanings": meanings, "texts": list(TEXTS)}
@@ -172,11 +158,6 @@ def summarise(cells: Cells) -> Values:
         most, most_of_parts = (max(one.items(), key=itemgetter(1))[0] for one in (factors, restored))
         found |= {"most": most, "most_of_parts": most_of_parts}
     return found
-
-
-def _mean(ratios: Mapping[str, float]) -> float:
-    """Geometric mean over the texts."""
-    return math.exp(sum(map(math.log, ratios.values())) / len(ratios))
 
 
 def figures(summary: Values) -> Figures:

@@ -36,7 +36,7 @@ SMOKE = False
 SETTINGS = {
     "model": "{model}", "length": Scaled(64, 512), "tokens": Scaled(256, 16384), "evaluated tokens": Scaled(1024, 4096),
 }  # fmt: skip
-DECIDED_BY = MAKING
+DECIDED_BY = (*MAKING, "benchmarks/experiments/cost/training_cost.py")
 
 
 def cells(request: Request) -> Names:

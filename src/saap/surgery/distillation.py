@@ -67,30 +67,6 @@ class DistillationText:
     may_keep: bool = True
 
 
-def shorter(tokens: Tensor, length: int, leading: Sequence[int]) -> Tensor:
-    """The same text in sequences of at most `length` tokens, nearly equal ones: (sequences, tokens) ids.
-
-    leading: ids that every sequence begins with, if the given ones do. At most a few tokens of each are left out.
-    """
-    head = torch.tensor(list(leading), dtype=tokens.dtype, device=tokens.device)
-    if not (tokens[:, : len(head)] == head).all():
-        head = head[:0]
-    width = tokens.shape[1] - len(head)
-    if tokens.shape[1] <= length or length <= len(head):
-        return tokens
-    count = -(-width // (length - len(head)))
-    size = width // count
-    body = tokens[:, len(head) :][:, : count * size].reshape(-1, size)
-    return torch.cat([head.expand(len(body), -1), body], dim=1)
-
-
-def split_shorter(tokens: Tensor, first: int, length: int, leading: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The first sequences and the others, each in `shorter` ones, all of one length."""
-    pieces = shorter(tokens, length, leading)
-    one, other = pieces.tensor_split([first * (len(pieces) // max(1, len(tokens)))])
-    return one, other
-
-
 @torch.no_grad()
 def distill(
     backend: Backend, blocks: Sequence[str], text: DistillationText, on_change: Callable[[], None] = lambda: None

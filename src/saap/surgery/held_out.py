@@ -1,4 +1,9 @@
-"""How the sequences of a reconstruction are used: a few at a time, and some of them only to choose the ridge."""
+"""How a text is used: some sequences for the least squares, others for the distillation, and some of each held out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from saap.core.errors import CalibrationError
 
@@ -7,6 +12,12 @@ HELD_OUT_AT_LEAST = 4
 """Sequences that choose the ridge, where there are twice as many: the held-out error of fewer is too noisy."""
 MICRO_BATCH = 4
 """Sequences at a time."""
+LEAST_SEQUENCES = 4
+"""Of so many the distillation gets half, as there is little left to learn from fitted ones. Fewer are all fitted."""
+EVALUATED_SEQUENCES = 8
+"""That say whether the distillation was of use, at most."""
+DISTILLED_LENGTH = 128
+"""Tokens of a sequence of the distillation: many small steps learn more from the same text than a few large ones."""
 
 
 def held_out_sequences(sequences: int) -> int:
@@ -32,3 +43,48 @@ def require_sequences(sequences: int) -> None:
             "ridge on others",
             "Give more calibration text, or use --no-restore",
         )
+
+
+def divided(
+    tokens: Tensor, seed: int, leading: Sequence[int], *, share: float = 0.5, length: int = DISTILLED_LENGTH
+) -> tuple[Tensor, Tensor, int]:
+    """The sequences to fit on, those to distil on, and how many of the latter, the last ones, are held out.
+
+    tokens: (sequences, length) ids, at random to one or the other. leading: ids that every sequence begins with, if
+    the given ones do. share: of the sequences for the distillation. length: of those, at most, which are cut to it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = _shuffled(tokens, generator)
+    fitted = len(tokens) - (int(share * len(tokens)) if len(tokens) >= LEAST_SEQUENCES else 0)
+    tokens, others = tokens[:fitted], tokens[fitted:]
+    evaluated = len(others) - min(held_out_sequences(len(others)), EVALUATED_SEQUENCES)
+    taught, held = split_shorter(others, evaluated, length, leading)
+    return tokens, torch.cat([_shuffled(taught, generator), held]), len(held)
+
+
+def _shuffled(sequences: Tensor, generator: torch.Generator) -> Tensor:
+    return sequences[torch.randperm(len(sequences), generator=generator).to(sequences.device)]
+
+
+def shorter(tokens: Tensor, length: int, leading: Sequence[int]) -> Tensor:
+    """The same text in sequences of at most `length` tokens, nearly equal ones: (sequences, tokens) ids.
+
+    leading: ids that every sequence begins with, if the given ones do. At most a few tokens of each are left out.
+    """
+    head = torch.tensor(list(leading), dtype=tokens.dtype, device=tokens.device)
+    if not (tokens[:, : len(head)] == head).all():
+        head = head[:0]
+    width = tokens.shape[1] - len(head)
+    if tokens.shape[1] <= length or length <= len(head):
+        return tokens
+    count = -(-width // (length - len(head)))
+    size = width // count
+    body = tokens[:, len(head) :][:, : count * size].reshape(-1, size)
+    return torch.cat([head.expand(len(body), -1), body], dim=1)
+
+
+def split_shorter(tokens: Tensor, first: int, length: int, leading: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The first sequences and the others, each in `shorter` ones, all of one length."""
+    pieces = shorter(tokens, length, leading)
+    one, other = pieces.tensor_split([first * (len(pieces) // max(1, len(tokens)))])
+    return one, other

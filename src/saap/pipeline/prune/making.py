@@ -40,8 +40,8 @@ from saap.pipeline.shared.stages import CUT
 from saap.pipeline.shared.targets import Target, is_file, records_of
 from saap.pipeline.shared.tokens import chooses_units
 from saap.surgery.cut import cut
-from saap.surgery.distillation import DistillationText, distill, split_shorter
-from saap.surgery.held_out import MICRO_BATCH, held_out_sequences
+from saap.surgery.distillation import DistillationText, distill
+from saap.surgery.held_out import DISTILLED_LENGTH, MICRO_BATCH, divided
 from saap.surgery.reconstruct import Reconstruction, ReconstructionSettings, reconstruct
 
 
@@ -56,12 +56,6 @@ class Restored(BaseModel):
     distillation: tuple[float, float] | None = None
 
 
-LEAST_SEQUENCES = 4
-"""Of so many the distillation gets half, as there is little left to learn from fitted ones. Fewer are all fitted."""
-EVALUATED_SEQUENCES = 8
-"""That say whether the distillation was of use, at most."""
-DISTILLED_LENGTH = 128
-"""Tokens of a sequence of the distillation: many small steps learn more from the same text than a few large ones."""
 ROUNDED_ROWS = 4096
 """Rows of a weight that are rounded at a time."""
 
@@ -214,14 +208,9 @@ def _reconstructed(
     if chooses_units(run.config):
         means = {name: score.mean for name, score in chosen_scores(run, scores).items()}
         settings = dataclasses.replace(settings, second_order=True, scores=means)
-    tokens, generator = run.tokens.tensor("refit", run.device), torch.Generator().manual_seed(run.config.seed)
-    tokens = _shuffled(tokens, generator)
-    fitted = len(tokens) - (len(tokens) // 2 if len(tokens) >= LEAST_SEQUENCES else 0)
-    tokens, others = tokens[:fitted], tokens[fitted:]
-    evaluated = len(others) - min(held_out_sequences(len(others)), EVALUATED_SEQUENCES)
-    length = others.shape[1] if run.tokens.refit.inputs else DISTILLED_LENGTH  # images belong to whole sequences
-    taught, held = split_shorter(others, evaluated, length, run.tokens.leading)
-    others = torch.cat([_shuffled(taught, generator), held])
+    tokens = run.tokens.tensor("refit", run.device)
+    length = tokens.shape[1] if run.tokens.refit.inputs else DISTILLED_LENGTH  # images belong to whole sequences
+    tokens, others, held_out = divided(tokens, run.config.seed, run.tokens.leading, length=length)
     backend, digest = _restoring(run, model, 0), digest_of([plan.digest, run.tokens.refit.digest])
     weights = offloaded(model)
     if weights is not None and weights.folder is not None:
@@ -231,14 +220,10 @@ def _reconstructed(
         done = reconstruct(backend, plan, tokens, settings, others, digest)
     keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}
     text = DistillationText(
-        tokens=others, teacher=done.dense, held_out=len(held), micro_batch=MICRO_BATCH,
+        tokens=others, teacher=done.dense, held_out=held_out, micro_batch=MICRO_BATCH,
         ignored=run.tokens.refit.ignored, may_keep=run.options.max_memory is None and not run.loaded.spills,
     )  # fmt: skip
     return dataclasses.replace(plan, keep=keep), done, text
-
-
-def _shuffled(sequences: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return sequences[torch.randperm(len(sequences), generator=generator).to(sequences.device)]
 
 
 def _dense_copy(run: Run, target: Target) -> nn.Module:
