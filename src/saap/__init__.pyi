@@ -212,6 +212,8 @@ def recover(
     dense_revision: str | None = None,
     dense_trust_remote_code: bool = False,
     distillation: float | None = None,
+    teacher_logits: str | Path | None = None,
+    teacher_top_k: int = 64,
     on_policy: float = 0.0,
     max_seq_length: int = 512,
     bos: bool = True,
@@ -258,6 +260,9 @@ def recover(
     dense_revision: Branch, tag or commit of the dense model.
     dense_trust_remote_code: Run code that the dense model's repository ships.
     distillation: Weight of the divergence from the teacher, 0 to 1.
+    teacher_logits: Folder with the teacher's most predicted tokens, which several runs share; what is missing is
+        computed first.
+    teacher_top_k: Tokens of a prediction in that folder.
     on_policy: Share of the training, at its end, on what the model writes itself after the data's beginnings.
     max_seq_length: Tokens per block; longer conversations are cut.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.

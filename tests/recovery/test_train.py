@@ -109,7 +109,8 @@ def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> 
             BlockWalker(model, blocks(model)), parameters, data(), config, folder=tmp_path,
             processes=Processes(), report=SILENT,
         )  # fmt: skip
-        losses = trainer._gradients(ids, learned, int(learned.sum()))
+        examples = [Example(*(part.numpy() for part in pair)) for pair in zip(ids, learned, strict=True)]
+        losses = trainer._gradients(examples, int(learned.sum()))
         torch.testing.assert_close(losses.float(), nll.sum(1).detach(), rtol=1e-4, atol=1e-4)
         for name, value in parameters.items():
             torch.testing.assert_close(value.grad, expected[name], rtol=2e-3, atol=1e-5)

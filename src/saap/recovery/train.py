@@ -24,10 +24,11 @@ from saap.data.training import Example, TrainingData
 from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
 from saap.models.loading.precision import widest_dtype
 from saap.models.walk.activations import kept_bytes, most_kept
-from saap.models.walk.loss import learned_losses
+from saap.models.walk.loss import TopPredictions, learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker, Stream
 from saap.recovery.on_policy import AT_ONCE, continued
+from saap.recovery.teacher_logits import TeacherLogits
 from saap.settings.recover import RecoverConfig
 
 BETAS = (0.9, 0.95)
@@ -87,8 +88,8 @@ class Trainer:
     """Trains `parameters` of the walker's model with AdamW; everything else is frozen.
 
     parameters: by name, float32, the same in all processes. folder: for the state, from which an interrupted training
-    resumes with the same losses (unless the schedule depends on the clock). teacher: the dense model. ends: the
-    end-of-text tokens, for what the model writes itself.
+    resumes with the same losses (unless the schedule depends on the clock). teacher: the dense model, or what it
+    predicts of all sequences that are read. ends: the end-of-text tokens, for what the model writes itself.
     """
 
     walker: BlockWalker
@@ -99,7 +100,7 @@ class Trainer:
     folder: Path
     processes: Processes
     report: Report
-    teacher: BlockWalker | None = None
+    teacher: BlockWalker | TeacherLogits | None = None
     ends: Collection[int] = ()
 
     def __post_init__(self) -> None:
@@ -171,9 +172,7 @@ class Trainer:
             training = _read_state(self.folder / STATE, self.state)
             self.report.line(f"resuming after step {training.step}")
             return training
-        training = Training()
-        if self.teacher is not None:
-            training.validation_teacher = self.held_out_loss(self.teacher, remedy="Check --dense")
+        training = Training(validation_teacher=self.teacher_loss())
         self._validate(training)
         of_teacher = "" if training.validation_teacher is None else f" (the teacher {training.validation_teacher:.4f})"
         self.report.line(f"before training: validation {training.validation_before:.4f}{of_teacher}")
@@ -211,8 +210,8 @@ class Trainer:
         own = range(self.processes.rank, len(examples), self.processes.count)
         for start in range(0, len(own), self.config.micro_batch):
             part = own[start : start + self.config.micro_batch]
-            ids, learned = self._padded([examples[place] for place in part])
-            losses[part.start : part.stop : part.step] = self._gradients(ids, learned, predictions).to(losses.device)
+            found = self._gradients([examples[place] for place in part], predictions)
+            losses[part.start : part.stop : part.step] = found.to(losses.device)
         losses = self.processes.total(losses)
         self._sum_gradients()
         norm = clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=False)
@@ -259,10 +258,13 @@ class Trainer:
         learned = pad_sequence([torch.from_numpy(example.learned) for example in examples], batch_first=True)
         return ids.to(self.device), learned.to(self.device)
 
-    def _gradients(self, ids: Tensor, learned: Tensor, predictions: int) -> Tensor:
+    def _gradients(self, examples: Sequence[Example], predictions: int) -> Tensor:
         """Accumulate the gradients of a micro-batch. Returns the summed loss of each sample."""
-        teacher = None
-        if self.teacher is not None:
+        ids, learned = self._padded(examples)
+        teacher: TopPredictions | tuple[BlockWalker, Tensor] | None = None
+        if isinstance(self.teacher, TeacherLogits):
+            teacher = self.teacher.predictions(examples, self.device)
+        elif self.teacher is not None:
             with torch.no_grad():
                 teacher = self.teacher, self._forward(self.teacher, ids)
         hidden = self._forward(self.walker, ids)
@@ -323,6 +325,12 @@ class Trainer:
             training.validation, training.best_step, training.without_best = value, training.step, 0
             self._write(BEST, self.parameters, training.model_copy(update={"points": []}))
         return value
+
+    def teacher_loss(self) -> float | None:
+        """Mean -log p of the held-out examples by the teacher, None without one. Raises NonFiniteLossError."""
+        if isinstance(self.teacher, TeacherLogits):
+            return self.teacher.loss(self.data.held_out)
+        return None if self.teacher is None else self.held_out_loss(self.teacher, remedy="Check --dense")
 
     @torch.no_grad()
     def held_out_loss(self, walker: BlockWalker, step: int = 0, remedy: str = "Lower --learning-rate") -> float:

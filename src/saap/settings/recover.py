@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -75,6 +76,15 @@ class RecoverConfig(Settings):
         Annotated[float, Field(ge=0, le=1)] | None,
         teacher_flag("Weight of the divergence from the teacher, 0 to 1.", default="1, without a teacher 0"),
     ] = None
+    teacher_logits: Annotated[
+        Path | None,
+        teacher_flag(
+            "Folder with the teacher's most predicted tokens, which several runs share; what is missing is computed "
+            "first.",
+            metavar="DIR",
+        ),
+    ] = None
+    teacher_top_k: Annotated[AtLeast1, teacher_flag("Tokens of a prediction in that folder.")] = 64
     on_policy: Annotated[
         float,
         Field(ge=0, le=1),
@@ -135,6 +145,18 @@ class RecoverConfig(Settings):
             ), (
                 self.on_policy and self.shard,
                 "--on-policy cannot be combined with --shard", "Leave out one of the two",
+            ), (
+                self.flags_given("teacher_top_k") and self.teacher_logits is None,
+                "--teacher-top-k has no folder", "Name one with --teacher-logits, or leave it out",
+            ), (
+                self.teacher_logits is not None and self.distillation == 0,
+                "--distillation 0 reads no --teacher-logits", "Leave out one of the two",
+            ), (
+                self.teacher_logits is not None and self.on_policy,
+                "--teacher-logits cannot have what --on-policy will write", "Leave out one of the two",
+            ), (
+                self.teacher_logits is not None and self.max_steps is None and self.max_tokens is None,
+                "--teacher-logits has to know how much is read", "Add --max-tokens or --max-steps",
             ),
         )  # fmt: skip
         require_none(faults)

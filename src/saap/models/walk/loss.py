@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,35 @@ from saap.models.walk.walker import BlockWalker
 
 LOGITS_AT_ONCE = 2**23
 """Logits that exist at once: 32 MB in float32, for any vocabulary."""
+LEAST_REST = 1e-6
+"""Probability of all other tokens, at least: it is a difference, exact to the rounding of 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopPredictions:
+    """The k tokens that a teacher predicts most at each place, and the logarithms of their probabilities.
+
+    tokens: (..., k) ids. log_q: (..., k) in nats.
+    """
+
+    tokens: Tensor
+    log_q: Tensor
+
+    def at(self, *index: Tensor) -> TopPredictions:
+        """Those of some places."""
+        return TopPredictions(self.tokens[index], self.log_q[index])
+
+    def completed(self, log_p: Tensor) -> Tensor:
+        """Logarithms of the probabilities q of all tokens, (places, vocabulary). log_p: those of the model.
+
+        What is left of q is split as the model does. So KL(q || p) and its gradient are those of k + 1 classes: the
+        rest is one of them.
+        """
+        index = self.tokens.to(log_p.device, torch.int64)
+        log_q = self.log_q.to(log_p)
+        rests = (1 - one.exp().sum(-1, keepdim=True) for one in (log_q, log_p.gather(-1, index)))
+        rest_q, rest_p = (rest.clamp_min(LEAST_REST).log() for rest in rests)
+        return (log_p + (rest_q - rest_p)).scatter_(-1, index, log_q)
 
 
 def sample_losses(
@@ -56,16 +86,16 @@ def learned_losses(
     learned: Tensor,
     *,
     predictions: int,
-    teacher: tuple[BlockWalker, Tensor] | None = None,
+    teacher: tuple[BlockWalker, Tensor] | TopPredictions | None = None,
     weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Summed loss of each training sample, and the gradient of their sum over `predictions` at the last block's output.
 
     hidden: (samples, length, width) output of the last block. tokens: (samples, length). learned: (samples, length)
-    bool, which tokens have a loss. teacher: walker and last hidden states of the dense model for the same tokens; the
-    loss of a token is then (1 - weight) (-log p) + weight KL(teacher || model), without a teacher -log p. Returns sums
-    over the learned tokens in nats, (samples,) of `widest_dtype`, not divided; the gradient is zero where gradients are
-    off.
+    bool, which tokens have a loss. teacher: walker and last hidden states of the dense model for the same tokens, or
+    what it predicts after each, (samples, length, k); the loss of a token is then (1 - weight) (-log p) + weight
+    KL(teacher || model), without a teacher -log p. Returns sums over the learned tokens in nats, (samples,) of
+    `widest_dtype`, not divided; the gradient is zero where gradients are off.
     """
     samples, places = learned[:, 1:].nonzero(as_tuple=True)
     rows, targets = hidden[samples, places], tokens[:, 1:][learned[:, 1:]]
@@ -73,12 +103,14 @@ def learned_losses(
     gradient = torch.zeros_like(hidden)
     start, at_once = 0, 16
     with ExitStack() as heads:
-        for one in {walker} if teacher is None else {walker, teacher[0]}:
+        for one in {walker, teacher[0]} if isinstance(teacher, tuple) else {walker}:
             heads.enter_context(one.rounded_head(hidden.device))
         while start < len(rows):
             part = slice(start, min(start + at_once, len(rows)))
-            log_q = None
-            if teacher is not None:
+            log_q: Tensor | TopPredictions | None = None
+            if isinstance(teacher, TopPredictions):
+                log_q = teacher.at(samples[part], places[part])
+            elif teacher is not None:
                 with torch.no_grad():
                     logits = teacher[0].logits(teacher[1][samples[part], places[part]].unsqueeze(1))[:, 0]
                 log_q = logits.log_softmax(-1, dtype=torch.float32)
@@ -98,16 +130,16 @@ def _losses_and_gradient(
     targets: Tensor,
     predictions: int,
     *,
-    log_q: Tensor | None = None,
+    log_q: Tensor | TopPredictions | None = None,
     weight: float = 0.0,
     with_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, int]:
     """Loss of each token, the gradient of their sum over `predictions`, and the size of the vocabulary.
 
     hidden: (tokens, width). targets: (tokens,). log_q: (tokens, vocabulary) logarithms of the teacher's probabilities
-    q; their storage is used up. With p of the model the loss is (1 - weight) (-log p[target]) + weight sum_v q (log q -
-    log p). Its gradient for the logits is p - (1 - weight) onehot - weight q, float32 at least; it reuses the storage
-    of the log-softmax.
+    q, whose storage is used up, or the largest of each token. With p of the model the loss is (1 - weight)
+    (-log p[target]) + weight sum_v q (log q - log p). Its gradient for the logits is p - (1 - weight) onehot - weight
+    q, float32 at least; it reuses the storage of the log-softmax.
     """
     # sequences of one token: a single one of them all could be longer than the model reads
     part = hidden.detach().unsqueeze(1).requires_grad_(with_gradient)
@@ -119,7 +151,8 @@ def _losses_and_gradient(
     if log_q is None:
         slope, share = log_p.exp_(), 1.0
     else:
-        log_q, share = log_q.to(logits.device), 1 - weight
+        log_q = log_q.completed(log_p) if isinstance(log_q, TopPredictions) else log_q.to(logits.device)
+        share = 1 - weight
         q = log_q.exp()
         losses = share * losses + weight * (q * log_q.sub_(log_p)).sum(-1)
         slope = log_p.exp_().sub_(q, alpha=weight)

@@ -33,8 +33,8 @@ from saap.pipeline.shared.tokens import EVALUATION, evaluation_sets
 from saap.recovery.adapter import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
 
-NOT_DECISIVE = {"max_minutes", "patience", "shard", "micro_batch", "gradient_checkpointing"}
-"""Settings that may change when a training resumes."""
+NOT_DECISIVE = {"max_minutes", "patience", "shard", "micro_batch", "gradient_checkpointing", "teacher_logits"}
+"""Settings that may change when a training resumes. Whether a folder has the teacher's predictions may not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ class Recovery:
         settings = self.config.model_dump(mode="json", exclude=NOT_DECISIVE)
         models = [model_digest(one) for one in (self.resolved, self.teacher) if one is not None]
         writers = self.processes.count if self.config.on_policy else 1
-        return digest_of([settings, self.data.digest, models, writers, __version__])
+        stored = self.config.teacher_logits is not None
+        return digest_of([settings, stored, self.data.digest, models, writers, __version__])
 
     @property
     def evaluation_tokens(self) -> int:
@@ -178,8 +179,9 @@ def _with_teacher(
     if teacher is None:
         if share:
             raise ConfigurationError("--distillation has no teacher", "Specify the dense model with --dense MODEL")
-        if config.on_policy:
-            raise ConfigurationError("--on-policy has no teacher", "Specify the dense model with --dense MODEL")
+        for flag, given in (("--on-policy", config.on_policy), ("--teacher-logits", config.teacher_logits)):
+            if given:
+                raise ConfigurationError(f"{flag} has no teacher", "Specify the dense model with --dense MODEL")
         return config.model_copy(update={"teacher": None, "dense_revision": None, "distillation": 0.0}), None
     known = {"teacher": teacher.source, "dense_revision": teacher.revision}
     return config.model_copy(update={**known, "distillation": 1.0 if share is None else share}), teacher

@@ -13,7 +13,8 @@ from typing import Any
 from saap.core.errors import ConfigurationError
 from saap.models.loading.devices import quick_float32_products
 from saap.pipeline.recover.context import prepare
-from saap.pipeline.recover.run import load_teacher, model_to_train, trainer_of
+from saap.pipeline.recover.run import model_to_train, trainer_of
+from saap.pipeline.recover.teacher import load_teacher
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.settings.recover import RecoverConfig, Tuning
@@ -64,12 +65,14 @@ def forecast(
     """Costs and gain of `run_recover`; a few steps are tried, and nothing is written. Raises SaapError."""
     if config.on_policy:
         raise ConfigurationError("--dry-run does not time what --on-policy writes", "Leave out one of the two")
+    if config.teacher_logits is not None:
+        raise ConfigurationError("--dry-run writes no --teacher-logits", "Leave out one of the two")
     run = prepare(str(source), config, options, reporter or Silent())
     teacher = load_teacher(run) if run.config.distillation else None
     model, _, parameters = model_to_train(run)
     trainer = trainer_of(run, model, teacher, parameters, Path())
     with quick_float32_products():
-        of_teacher = None if trainer.teacher is None else trainer.held_out_loss(trainer.teacher)
+        of_teacher = trainer.teacher_loss()
         clock = perf_counter()
         before = trainer.held_out_loss(trainer.walker)
         validating = perf_counter() - clock

@@ -10,24 +10,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.core.errors import ConfigurationError, ModelError
+from saap.core.errors import ModelError
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexities
 from saap.export.huggingface import FolderParts, write_recovered
 from saap.export.placing import check_place
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
-from saap.models.loading.devices import quick_float32_products, quick_products
-from saap.models.loading.pretrained import end_tokens, load_groupwise, load_model, model_without_weights
+from saap.models.loading.devices import quick_float32_products
+from saap.models.loading.pretrained import end_tokens, load_groupwise, load_model
 from saap.models.loading.references import resolve_model
-from saap.models.structure.linear import embedding_of
 from saap.models.structure.routers import find_routers
-from saap.models.walk.probe import check_reads
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare
 from saap.pipeline.recover.result import RecoverResult, not_quantised, recovery_manifest, recovery_report
+from saap.pipeline.recover.teacher import (
+    ask_teacher,
+    check_fits,
+    load_teacher,
+    products_of,
+    sequences_left,
+    teacher_logits,
+)
 from saap.pipeline.shared import stages
-from saap.pipeline.shared.dense_model import keep_tokens_of, tokens_of
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.outcome import Behaviour, behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
@@ -37,6 +42,7 @@ from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
 from saap.recovery.quantise import check_group_sizes, quantise, quantise_by_feedback
 from saap.recovery.sharding import check_shardable, shard_layers
+from saap.recovery.teacher_logits import TeacherLogits
 from saap.recovery.train import STATE, Report, Trainer
 from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig, Tuning
@@ -60,14 +66,11 @@ def run_recover(
         if not measured and groupwise:  # and freed before anything else is loaded
             with run.meter.stage(stages.MEASURE_BEFORE):
                 whole = load_model(run.resolved, device=run.device)
-                _check_fits(run, whole)
+                check_fits(run, whole)
                 before = _measure(run, whole)
             del whole
-        teacher = load_teacher(run) if run.config.distillation or not measured else None
-        if not measured and teacher is not None:
-            with run.meter.stage(stages.MEASURE_TEACHER):
-                dense = _measure(run, teacher)
-        teacher = teacher if run.config.distillation else None
+        teacher, found = _teacher(run, measured=measured)
+        dense = dense if measured else found
         model, handle, parameters = model_to_train(run)
         if before is None:
             with run.meter.stage(stages.MEASURE_BEFORE):
@@ -104,46 +107,23 @@ def _measure(run: Recovery, model: nn.Module) -> Behaviour:
     return behaviour(found, *greedy_answer(model, run.tokenizer))
 
 
+def _teacher(run: Recovery, *, measured: bool) -> tuple[nn.Module | TeacherLogits | None, Behaviour | None]:
+    """What teaches, and the behaviour of the dense model unless that is `measured`. Raises SaapError."""
+    logits, distils, dense = teacher_logits(run), bool(run.config.distillation), None
+    left = [] if logits is None else sequences_left(run, logits)
+    needed = not measured or (distils and (logits is None or left))
+    teacher: nn.Module | None = load_teacher(run) if needed else None
+    if not measured and teacher is not None:
+        with run.meter.stage(stages.MEASURE_TEACHER):
+            dense = _measure(run, teacher)
+    if logits is not None and teacher is not None and left:
+        ask_teacher(run, teacher, logits, left)
+    return (logits or teacher) if distils else None, dense
+
+
 def _linears(model: nn.Module) -> dict[str, int]:
     """Path and input size of the linear layers in the decoder blocks."""
     return linears_inside(model, find_blocks(model))
-
-
-def load_teacher(run: Recovery) -> Any | None:
-    """The dense model, if it is known and here. Raises SaapError if it does not fit the run."""
-    if run.teacher is None:
-        return None
-    with run.meter.stage(stages.LOAD_TEACHER):
-        teacher = load_model(run.teacher, device=run.device)
-        found = sum(value.numel() for value in teacher.parameters())
-        sizes = None if run.earlier is None else run.earlier.parameters
-        if sizes is not None and sizes.before != sizes.after and found != sizes.before:
-            expected = f"{run.resolved.source} was pruned from a model of {sizes.before:,}"
-            raise ConfigurationError(
-                f"{run.teacher.source} has {found:,} parameters, but {expected}",
-                "Specify that model with --dense, or use --distillation 0",
-            )
-        keep_tokens_of(teacher, tokens_of(run.resolved))
-        _check_fits(run, teacher)
-        if run.config.distillation:
-            _check_output_rows(run, teacher, run.teacher.source)
-    return teacher
-
-
-def _check_output_rows(run: Recovery, teacher: Any, source: str) -> None:
-    """Raise ConfigurationError if the teacher predicts other tokens than the model, which is not loaded for this."""
-    of_teacher, of_model = (_output_rows(one) for one in (teacher, model_without_weights(run.resolved)))
-    if of_teacher != of_model:
-        raise ConfigurationError(
-            f"{run.resolved.source} has {of_model:,} output rows, but its teacher {source} {of_teacher:,}",
-            "Specify a dense model with as many rows with --dense, or use --distillation 0",
-        )
-
-
-def _output_rows(model: Any) -> int:
-    head: Any = embedding_of(model, "output") or embedding_of(model, "input")
-    rows: int = head.weight.shape[0]
-    return rows
 
 
 def model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter]]:
@@ -153,11 +133,11 @@ def model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Paramet
         with run.meter.stage(stages.LOAD):
             model = load_model(run.resolved, device=run.device)
             handle, parameters = _in_full_precision(config, model)
-        _check_fits(run, model)
+        check_fits(run, model)
         return model, handle, parameters
     with run.meter.stage(stages.QUANTISE, f"{config.bits} bits in groups of {config.group_size}"):
         model = _quantised_model(run)
-        _check_fits(run, model)
+        check_fits(run, model)
         parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     left = not_quantised(model)
     if left:
@@ -207,35 +187,22 @@ def _without_linears(model: nn.Module) -> ModelError:
     )
 
 
-def _check_fits(run: Recovery, model: Any) -> None:
-    """Raise SaapError for training sequences that are too long, or token ids outside the vocabulary."""
-    examples = [example.tokens for example in (*run.data.train, *run.data.held_out)]
-    longest = run.config.length if run.config.on_policy else max(map(len, examples))
-    check_reads(model, longest, "Use a smaller --max-seq-length")
-    if run.config.on_policy and not hasattr(model, "generate"):
-        raise ModelError(f"{type(model).__name__} has no `generate`", "Leave out --on-policy")
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(int(tokens.max()) for tokens in examples)
-    if largest >= rows:
-        offender = f"The tokenizer gave id {largest}, but the model's embedding has {rows} rows"
-        raise ModelError(offender, "Use the tokenizer that belongs to the model")
-
-
 def trainer_of(
-    run: Recovery, model: nn.Module, teacher: nn.Module | None, parameters: dict[str, nn.Parameter], folder: Path
-) -> Trainer:
+    run: Recovery, model: nn.Module, teacher: nn.Module | TeacherLogits | None,
+    parameters: dict[str, nn.Parameter], folder: Path,
+) -> Trainer:  # fmt: skip
     """The trainer of a run, with the teacher if the run distils."""
     if run.config.shard:
         layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
-        layers += [] if teacher is None else [teacher.get_submodule(path) for path in _linears(teacher)]
+        layers += [teacher.get_submodule(path) for path in _linears(teacher)] if isinstance(teacher, nn.Module) else []
         shard_layers(layers, run.device, run.processes)
     reporter = run.meter.reporter
-    products = None if run.config.exact_products else quick_products(run.device)
+    products = products_of(run)
+    live = BlockWalker(teacher, find_blocks(teacher), products=products) if isinstance(teacher, nn.Module) else None
     return Trainer(
         BlockWalker(model, find_blocks(model), products=products), parameters, run.data, run.config, folder=folder,
         processes=run.processes, report=Report(step=reporter.advance, line=reporter.note),
-        teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher), products=products),
-        ends=end_tokens(model, run.tokenizer),
+        teacher=teacher if isinstance(teacher, TeacherLogits) else live, ends=end_tokens(model, run.tokenizer),
     )  # fmt: skip
 
 

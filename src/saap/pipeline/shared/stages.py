@@ -62,6 +62,7 @@ PRUNE = (
 READ_RECORDS = Stage("read the model's records and the training data")
 LOAD_TEACHER = Stage("load the teacher")
 MEASURE_TEACHER = Stage("measure the teacher")
+ASK_TEACHER = Stage("store the teacher's predictions")
 QUANTISE = Stage("quantise the weights")
 MEASURE_QUANTISED = Stage("measure the quantised model")
 MEASURE_BEFORE = Stage("measure the model as it is")

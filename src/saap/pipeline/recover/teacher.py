@@ -1,0 +1,120 @@
+"""The teacher of a recovery: loaded and checked, or asked once for all that it has to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from saap.core.errors import ConfigurationError, ModelError
+from saap.core.records import digest_of
+from saap.data.training import Example
+from saap.discovery.blocks import find_blocks
+from saap.export.placing import check_place
+from saap.models.loading.devices import quick_products
+from saap.models.loading.pretrained import load_model, model_without_weights
+from saap.models.structure.linear import embedding_of
+from saap.models.walk.probe import check_reads
+from saap.models.walk.walker import BlockWalker
+from saap.pipeline.recover.context import Recovery
+from saap.pipeline.shared import stages
+from saap.pipeline.shared.dense_model import keep_tokens_of, tokens_of
+from saap.pipeline.shared.digests import model_digest
+from saap.recovery.teacher_logits import TeacherLogits, read_by
+
+FLAG = "--teacher-logits"
+
+
+def load_teacher(run: Recovery) -> Any | None:
+    """The dense model, if it is known and here. Raises SaapError if it does not fit the run."""
+    if run.teacher is None:
+        return None
+    with run.meter.stage(stages.LOAD_TEACHER):
+        teacher = load_model(run.teacher, device=run.device)
+        found = sum(value.numel() for value in teacher.parameters())
+        sizes = None if run.earlier is None else run.earlier.parameters
+        if sizes is not None and sizes.before != sizes.after and found != sizes.before:
+            expected = f"{run.resolved.source} was pruned from a model of {sizes.before:,}"
+            raise ConfigurationError(
+                f"{run.teacher.source} has {found:,} parameters, but {expected}",
+                "Specify that model with --dense, or use --distillation 0",
+            )
+        keep_tokens_of(teacher, tokens_of(run.resolved))
+        check_fits(run, teacher)
+        if run.config.distillation:
+            _check_output_rows(run, teacher, run.teacher.source)
+    return teacher
+
+
+def _check_output_rows(run: Recovery, teacher: Any, source: str) -> None:
+    """Raise ConfigurationError if the teacher predicts other tokens than the model, which is not loaded for this."""
+    of_teacher, of_model = (output_rows(one) for one in (teacher, model_without_weights(run.resolved)))
+    if of_teacher != of_model:
+        raise ConfigurationError(
+            f"{run.resolved.source} has {of_model:,} output rows, but its teacher {source} {of_teacher:,}",
+            "Specify a dense model with as many rows with --dense, or use --distillation 0",
+        )
+
+
+def output_rows(model: Any) -> int:
+    """Tokens that a model can predict."""
+    head: Any = embedding_of(model, "output") or embedding_of(model, "input")
+    rows: int = head.weight.shape[0]
+    return rows
+
+
+def check_fits(run: Recovery, model: Any) -> None:
+    """Raise SaapError for training sequences that are too long, or token ids outside the vocabulary."""
+    examples = [example.tokens for example in (*run.data.train, *run.data.held_out)]
+    longest = run.config.length if run.config.on_policy else max(map(len, examples))
+    check_reads(model, longest, "Use a smaller --max-seq-length")
+    if run.config.on_policy and not hasattr(model, "generate"):
+        raise ModelError(f"{type(model).__name__} has no `generate`", "Leave out --on-policy")
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(int(tokens.max()) for tokens in examples)
+    if largest >= rows:
+        offender = f"The tokenizer gave id {largest}, but the model's embedding has {rows} rows"
+        raise ModelError(offender, "Use the tokenizer that belongs to the model")
+
+
+def products_of(run: Recovery) -> torch.dtype | None:
+    """The type that both models multiply in, None for their own."""
+    return None if run.config.exact_products else quick_products(run.device)
+
+
+def teacher_logits(run: Recovery) -> TeacherLogits | None:
+    """The folder of the teacher's predictions, if it has one."""
+    folder = run.config.teacher_logits
+    if folder is None or run.teacher is None:
+        return None
+    kept = tokens_of(run.resolved)
+    decisive = [model_digest(run.teacher), None if kept is None else kept.old_ids, str(products_of(run))]
+    rows = output_rows(model_without_weights(run.resolved))
+    return TeacherLogits(folder=folder, top_k=run.config.teacher_top_k, teacher=digest_of([*decisive, rows]))
+
+
+def sequences_left(run: Recovery, logits: TeacherLogits) -> list[Example]:
+    """The sequences to be read whose predictions are missing. Raises OutputError without room for them."""
+    config = run.config
+    read = read_by(run.data, batch=config.batch, steps=config.max_steps, tokens=config.max_tokens)
+
+    def missing() -> list[int]:
+        found = [place for place, one in enumerate(read) if not logits.file(one).is_file()]
+        check_place(logits.folder / "predictions", sum(logits.size(read[place]) for place in found), FLAG)
+        return found
+
+    return [read[place] for place in run.processes.broadcast_result(missing)]
+
+
+def ask_teacher(run: Recovery, teacher: nn.Module, logits: TeacherLogits, sequences: Sequence[Example]) -> None:
+    """Write the teacher's predictions of these sequences, which the processes share. Raises OutputError."""
+    walker = BlockWalker(teacher, find_blocks(teacher), products=products_of(run))
+    own = sequences[run.processes.rank :: run.processes.count]
+    with run.meter.stage(stages.ASK_TEACHER, f"{len(sequences)} sequences"):
+        logits.folder.mkdir(parents=True, exist_ok=True)
+        for done, one in enumerate(own):
+            logits.add(walker, one)
+            run.meter.reporter.advance(done + 1, len(own))
+        run.processes.barrier()
