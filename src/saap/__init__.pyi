@@ -260,9 +260,9 @@ def recover(
     dense_revision: Branch, tag or commit of the dense model.
     dense_trust_remote_code: Run code that the dense model's repository ships.
     distillation: Weight of the divergence from the teacher, 0 to 1.
-    teacher_logits: Folder with the teacher's most predicted tokens, which several runs share; what is missing is
-        computed first.
-    teacher_top_k: Tokens of a prediction in that folder.
+    teacher_logits: Folder of the teacher's top-k log-probabilities: computed once, shared by runs; the teacher is
+        not in memory while training.
+    teacher_top_k: Tokens stored at each position, most probable first.
     on_policy: Share of the training, at its end, on what the model writes itself after the data's beginnings.
     max_seq_length: Tokens per block; longer conversations are cut.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.

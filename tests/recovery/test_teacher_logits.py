@@ -1,4 +1,4 @@
-"""Recoveries whose teacher is asked first, and whose predictions several runs share."""
+"""Recoveries that read stored predictions of the teacher, which several runs share."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 from tests import processes
 from tests.command import run
 from tests.recovery.test_train import data
+from tests.recovery.tiny import blocks, build
 from torch import nn
 
 import saap
-from saap.core.errors import StaleInputError
+from saap.core.errors import NonFiniteLossError, StaleInputError
 from saap.models.walk.loss import TopPredictions
+from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover import run as recovery_run
 from saap.recovery.teacher_logits import TeacherLogits, read_by
 
@@ -92,35 +92,33 @@ def test_all_tokens_of_the_predictions_teach_as_the_teacher_does(
     assert whole.training.validation_teacher == pytest.approx(live.training.validation_teacher, rel=1e-5)
     assert whole.training.validation == pytest.approx(live.training.validation, rel=1e-4)
     files = set((tmp_path / "logits").iterdir())
-    assert len(files) == 4 * 4 + 2
+    assert len([file for file in files if file.suffix]) == 4 * 4 + 2
 
     few = saap.recover(small, out=tmp_path / "few", teacher_top_k=8, **stored)
     assert losses(few) != pytest.approx(losses(live), rel=1e-3)
     assert max(losses(few)) < max(losses(live))  # a divergence of fewer classes is smaller
     added = set((tmp_path / "logits").iterdir()) - files
-    assert len(added) == len(files)
+    assert len(added) == 4 * 4 + 2
     assert sum(file.stat().st_size for file in added) < 0.1 * sum(file.stat().st_size for file in files)
 
     monkeypatch.setattr(recovery_run, "load_teacher", None)  # nothing is missing: the teacher is not even loaded
     sweep = saap.recover(small, out=tmp_path / "sweep", teacher_top_k=8, learning_rate=1e-3, **stored)
     assert losses(sweep)[0] == losses(few)[0]
     assert losses(sweep) != losses(few)
-    damaged = sorted(added)[0]
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(StaleInputError, match=f"{damaged.name} has no predictions of the teacher"):
-        saap.recover(small, out=tmp_path / "again", teacher_top_k=8, **{**stored, "max_steps": 4})
 
 
 def test_a_longer_training_computes_only_what_is_missing(
     small: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "logits"
-    for steps, title in ((1, "(6 sequences)"), (2, "(4 sequences)")):
+    for steps, missing in ((1, 6), (2, 4), (2, 1)):
+        for damaged in sorted(folder.glob("*.safetensors"))[:1] if missing == 1 else ():
+            damaged.write_bytes(damaged.read_bytes()[:200])
         flags = [*FLAGS, "--max-steps", steps, "--teacher-logits", folder, "--data", text]
-        code, printed, error = run(capsys, "recover", small, "--out", tmp_path / str(steps), *flags)
+        code, printed, error = run(capsys, "recover", small, "--out", tmp_path / f"{steps}-{missing}", *flags)
         assert code == 0, error
-        assert f"store the teacher's predictions {title}" in printed + error
-    assert len(list(folder.iterdir())) == 10
+        assert f"sequences missing in {folder}: {missing}" in printed + error
+    assert len(list(folder.glob("*.safetensors"))) == 10
 
 
 def test_two_processes_give_the_losses_of_one(small: Path, text: Path, tmp_path: Path) -> None:
@@ -133,19 +131,22 @@ def test_two_processes_give_the_losses_of_one(small: Path, text: Path, tmp_path:
         manifest = json.loads((tmp_path / f"of-{count}" / "saap" / "manifest.json").read_text())
         curves.append([point["loss"] for point in manifest["recovery"]["curve"]])
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
-    names = [sorted(file.name for file in (tmp_path / f"logits-{count}").iterdir()) for count in (1, 2)]
+    names = [sorted(file.name for file in (tmp_path / f"logits-{count}").glob("*.safetensors")) for count in (1, 2)]
     assert names[0] == names[1]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--teacher-logits", "logits"], "--teacher-logits has to know how much is read"),
-        (["--teacher-logits", "logits", "--max-minutes", "1"], "--teacher-logits has to know how much is read"),
+        (["--teacher-logits", "logits"], "--teacher-logits needs a limit"),
+        (["--teacher-logits", "logits", "--max-minutes", "1"], "--teacher-logits needs a limit"),
         (["--teacher-logits", "logits", "--max-steps", "2", "--distillation", "0"], "--distillation 0 reads no"),
-        (["--teacher-logits", "logits", "--max-steps", "2", "--on-policy", "0.5"], "--teacher-logits cannot have what"),
-        (["--teacher-top-k", "8", "--max-steps", "2"], "--teacher-top-k has no folder"),
-        (["--teacher-logits", "logits", "--max-steps", "2", "--dry-run"], "--dry-run writes no --teacher-logits"),
+        (
+            ["--teacher-logits", "logits", "--max-steps", "2", "--on-policy", "0.5"],
+            "--teacher-logits cannot be combined",
+        ),
+        (["--teacher-top-k", "8", "--max-steps", "2"], "--teacher-top-k has no effect"),
+        (["--teacher-logits", "logits", "--max-steps", "2", "--dry-run"], "--dry-run does not write --teacher-logits"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(
@@ -169,9 +170,32 @@ def test_a_model_without_a_teacher_stores_nothing(
     assert not (tmp_path / "logits").exists()
 
 
-def test_predictions_of_another_sequence_are_refused(tmp_path: Path) -> None:
+def test_damaged_predictions_are_named(tmp_path: Path) -> None:
     logits, examples = TeacherLogits(folder=tmp_path, top_k=2, teacher="t"), data().train
-    columns = {"tokens": np.zeros((3, 2), dtype=np.int32), "log_probabilities": np.zeros((3, 2), dtype=np.float32)}
-    save_file(columns, logits.file(examples[0]))
-    with pytest.raises(StaleInputError, match="predictions of another sequence"):
+    assert len(logits.missing([*examples, *examples])) == len({one.tokens.tobytes() for one in examples})
+    logits.file(examples[0]).write_bytes(bytes(10_000))
+    assert len(logits.missing(examples[:1])) == 0
+    with pytest.raises(StaleInputError, match=r"has no log-probabilities of the teacher .*Delete it and start again"):
         logits.predictions(examples[:1], torch.device("cpu"))
+
+
+def test_predictions_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
+    model = build("llama_tied").float()
+    model.model.norm.weight.data[:] = float("nan")
+    logits = TeacherLogits(folder=tmp_path, top_k=2, teacher="t")
+    with pytest.raises(NonFiniteLossError, match="Check --dense"):
+        logits.add(BlockWalker(model, blocks(model)), data().train[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_may_not_be_replaced_or_deleted_later(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for folder in ("tuned/logits", "tuned.saap-work", "file", "file/logits"):
+        flags = ["--data", text, "--max-steps", "1", "--teacher-logits", tmp_path / folder]
+        code, printed, error = run(capsys, "recover", dense, "--out", tmp_path / "tuned", *flags)
+        assert (code, printed.strip()) == (2, "")
+        assert str(file) in error or f"--teacher-logits {tmp_path / folder} would be in" in error
+    assert list(tmp_path.iterdir()) == [file]

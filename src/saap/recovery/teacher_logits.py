@@ -1,8 +1,8 @@
-"""What the teacher predicts of the training sequences, on disk: for several trainings, and without it in memory."""
+"""The teacher's top-k log-probabilities on disk: for several trainings, and without the teacher in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from saap.core.errors import StaleInputError
+from saap.core.errors import NonFiniteLossError, StaleInputError
 from saap.core.records import digest_of
 from saap.data.training import Example, TrainingData
 from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
@@ -27,9 +27,9 @@ BYTES = 4
 class TeacherLogits:
     """Files of a folder, one for each sequence, which trainings with the same teacher share.
 
-    top_k: tokens that are kept of each prediction. teacher: digest of what decides the predictions. A file has for each
-    token but the last the ids of the most predicted tokens, (n - 1, k), their log-probabilities, and that of the token
-    which follows, (n - 1,).
+    top_k: tokens that are stored of each prediction, at most the vocabulary. teacher: digest of what decides the
+    predictions. A file has for each token but the last the ids of the most probable next tokens, (n - 1, k), their
+    log-probabilities, and that of the token which follows, (n - 1,).
     """
 
     folder: Path
@@ -41,12 +41,17 @@ class TeacherLogits:
         return self.folder / f"{digest_of([self.teacher, self.top_k, example.tokens])[:32]}.safetensors"
 
     def size(self, example: Example) -> int:
-        """Bytes of its file, about."""
-        return len(example.tokens) * (2 * self.top_k + 1) * BYTES
+        """Bytes of its file, without the header."""
+        return (len(example.tokens) - 1) * (2 * self.top_k + 1) * BYTES
+
+    def missing(self, examples: Iterable[Example]) -> list[Example]:
+        """The sequences without a file, or with a truncated one, each once."""
+        found = {self.file(one): one for one in examples}
+        return [one for path, one in found.items() if not path.is_file() or path.stat().st_size < self.size(one)]
 
     @torch.no_grad()
     def add(self, teacher: BlockWalker, example: Example) -> None:
-        """Compute and write the file of a sequence. Raises OutputError."""
+        """Compute and write the file of a sequence. Raises OutputError, NonFiniteLossError."""
         ids = torch.from_numpy(example.tokens).to(next(teacher.model.parameters()).device)
         rows = teacher.run_blocks(teacher.start(ids[None]))[0, :-1]
         found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -56,35 +61,33 @@ class TeacherLogits:
                 # sequences of one token: a single one of them all could be longer than the model reads
                 log_q = teacher.logits(rows[start : start + at_once, None])[:, 0].log_softmax(-1, dtype=torch.float32)
                 following = ids[start + 1 : start + 1 + len(log_q), None].to(log_q.device)
-                most, tokens = log_q.topk(min(self.top_k, log_q.shape[-1]))
+                most, tokens = log_q.topk(self.top_k)
                 found.append((tokens.int(), most, log_q.gather(-1, following)[:, 0]))
                 at_once = max(1, LOGITS_AT_ONCE // log_q.shape[-1])
         columns = dict(zip((TOKENS, LOG_Q, TARGETS), map(torch.cat, zip(*found, strict=True)), strict=True))
+        if not (columns[LOG_Q].isfinite().all() and columns[TARGETS].isfinite().all()):
+            raise NonFiniteLossError("The teacher's predictions are not finite", "Check --dense")
         entries = {name: TensorEntry.of(tensor) for name, tensor in columns.items()}
         write_tensors(self.file(example), entries, {"format": "pt"})
 
     def predictions(self, examples: Sequence[Example], device: torch.device) -> TopPredictions:
         """Those of some sequences, (samples, length - 1, k), padded at the end. Raises StaleInputError."""
-        tokens, log_q = (
-            pad_sequence([self._read(one, name) for one in examples], batch_first=True) for name in (TOKENS, LOG_Q)
-        )
-        return TopPredictions(tokens.to(device), log_q.to(device))
+        columns = zip(*(self._read(one, TOKENS, LOG_Q) for one in examples), strict=True)
+        return TopPredictions(*(pad_sequence(list(column), batch_first=True).to(device) for column in columns))
 
     def loss(self, examples: Sequence[Example]) -> float:
         """Mean -log p of the learned tokens of some sequences. Raises StaleInputError."""
-        values = [self._read(one, TARGETS)[torch.from_numpy(one.learned[1:])] for one in examples]
+        values = [self._read(one, TARGETS)[0][torch.from_numpy(one.learned[1:])] for one in examples]
         return -float(torch.cat(values).double().mean())
 
-    def _read(self, example: Example, name: str) -> Tensor:
+    def _read(self, example: Example, *names: str) -> list[Tensor]:
         path = self.file(example)
         try:
             with safe_open(path, framework="pt") as file:
-                found: Tensor = file.get_tensor(name)
+                return [file.get_tensor(name) for name in names]
         except (SafetensorError, OSError) as error:
-            raise StaleInputError(f"{path} has no predictions of the teacher ({error})", "Delete it") from None
-        if len(found) != len(example.tokens) - 1:
-            raise StaleInputError(f"{path} has predictions of another sequence", "Delete it")
-        return found
+            what = f"{path} has no log-probabilities of the teacher ({error})"
+            raise StaleInputError(what, "Delete it and start again; several machines need a shared folder") from None
 
 
 def read_by(data: TrainingData, *, batch: int, steps: int | None, tokens: int | None) -> list[Example]:

@@ -79,12 +79,13 @@ class RecoverConfig(Settings):
     teacher_logits: Annotated[
         Path | None,
         teacher_flag(
-            "Folder with the teacher's most predicted tokens, which several runs share; what is missing is computed "
-            "first.",
+            "Folder of the teacher's top-k log-probabilities: computed once, shared by runs; the teacher is not in "
+            "memory while training.",
             metavar="DIR",
+            aliases=("teacher_logprobs",),
         ),
     ] = None
-    teacher_top_k: Annotated[AtLeast1, teacher_flag("Tokens of a prediction in that folder.")] = 64
+    teacher_top_k: Annotated[AtLeast1, teacher_flag("Tokens stored at each position, most probable first.")] = 64
     on_policy: Annotated[
         float,
         Field(ge=0, le=1),
@@ -147,16 +148,17 @@ class RecoverConfig(Settings):
                 "--on-policy cannot be combined with --shard", "Leave out one of the two",
             ), (
                 self.flags_given("teacher_top_k") and self.teacher_logits is None,
-                "--teacher-top-k has no folder", "Name one with --teacher-logits, or leave it out",
+                "--teacher-top-k has no effect without --teacher-logits", "Add it, or leave both out",
             ), (
                 self.teacher_logits is not None and self.distillation == 0,
                 "--distillation 0 reads no --teacher-logits", "Leave out one of the two",
             ), (
                 self.teacher_logits is not None and self.on_policy,
-                "--teacher-logits cannot have what --on-policy will write", "Leave out one of the two",
+                "--teacher-logits cannot be combined with --on-policy, whose text is not known before",
+                "Leave out one of the two",
             ), (
                 self.teacher_logits is not None and self.max_steps is None and self.max_tokens is None,
-                "--teacher-logits has to know how much is read", "Add --max-tokens or --max-steps",
+                "--teacher-logits needs a limit in tokens or steps", "Add --max-tokens or --max-steps",
             ),
         )  # fmt: skip
         require_none(faults)

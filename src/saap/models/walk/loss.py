@@ -21,7 +21,7 @@ LEAST_REST = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class TopPredictions:
-    """The k tokens that a teacher predicts most at each place, and the logarithms of their probabilities.
+    """The k most probable next tokens of a teacher at each position, and the logarithms of their probabilities.
 
     tokens: (..., k) ids. log_q: (..., k) in nats.
     """
@@ -30,19 +30,19 @@ class TopPredictions:
     log_q: Tensor
 
     def at(self, *index: Tensor) -> TopPredictions:
-        """Those of some places."""
+        """Those of some positions."""
         return TopPredictions(self.tokens[index], self.log_q[index])
 
     def completed(self, log_p: Tensor) -> Tensor:
-        """Logarithms of the probabilities q of all tokens, (places, vocabulary). log_p: those of the model.
+        """Logarithms of the probabilities q of all tokens, (positions, vocabulary). log_p: those of the model.
 
         What is left of q is split as the model does. So KL(q || p) and its gradient are those of k + 1 classes: the
         rest is one of them.
         """
         index = self.tokens.to(log_p.device, torch.int64)
         log_q = self.log_q.to(log_p)
-        rests = (1 - one.exp().sum(-1, keepdim=True) for one in (log_q, log_p.gather(-1, index)))
-        rest_q, rest_p = (rest.clamp_min(LEAST_REST).log() for rest in rests)
+        rest_q = (1 - log_q.exp().sum(-1, keepdim=True)).clamp_min(LEAST_REST).log()
+        rest_p = log_p.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
         return (log_p + (rest_q - rest_p)).scatter_(-1, index, log_q)
 
 

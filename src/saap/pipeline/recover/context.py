@@ -16,7 +16,7 @@ from saap.data.samples import leading_ids
 from saap.data.texts import GENERAL, KINDS, kind_weights
 from saap.data.training import TrainingData, training_data
 from saap.discovery.blocks import find_blocks
-from saap.export.placing import check_output
+from saap.export.placing import check_output, check_place
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel, resolve_model
@@ -29,12 +29,14 @@ from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import READ_RECORDS
+from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.tokens import EVALUATION, evaluation_sets
 from saap.recovery.adapter import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
 
 NOT_DECISIVE = {"max_minutes", "patience", "shard", "micro_batch", "gradient_checkpointing", "teacher_logits"}
 """Settings that may change when a training resumes. Whether a folder has the teacher's predictions may not."""
+LOGITS_FLAG = "--teacher-logits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     """Check everything that can be checked without the weights. Raises SaapError."""
     if options.out is not None:
         check_output(options.out, 0, overwrite=options.overwrite)
+    check_logits_folder(config, options)
     processes = Processes.found()
     device = processes.device(pick_device(options.device))
     check_processes(config, options, processes.count)
@@ -126,6 +129,20 @@ def known_kinds(earlier: RunManifest | None) -> Collection[str]:
     measured = {one.text: one.bits_per_byte for one in (() if earlier is None else earlier.kinds)}
     weights = kind_weights({kind: bits for kind, bits in measured.items() if bits is not None})
     return [kind for kind, weight in weights.items() if weight]
+
+
+def check_logits_folder(config: RecoverConfig, options: RunOptions) -> None:
+    """Raise ConfigurationError, OutputError for a --teacher-logits that could not be written or kept."""
+    folder = config.teacher_logits
+    if folder is None:
+        return
+    for taken in (options.out, work_path(options)):
+        if taken is not None and folder.resolve().is_relative_to(taken.resolve()):
+            raise ConfigurationError(f"{LOGITS_FLAG} {folder} would be in {taken}", "Specify a folder outside of it")
+    if not folder.is_dir():
+        check_place(folder, 0, LOGITS_FLAG)
+        if folder.exists():
+            raise ConfigurationError(f"{LOGITS_FLAG} {folder} is not a folder", "Specify another one")
 
 
 def check_tuning(config: RecoverConfig, resolved: ResolvedModel) -> None:

@@ -66,7 +66,9 @@ def forecast(
     if config.on_policy:
         raise ConfigurationError("--dry-run does not time what --on-policy writes", "Leave out one of the two")
     if config.teacher_logits is not None:
-        raise ConfigurationError("--dry-run writes no --teacher-logits", "Leave out one of the two")
+        raise ConfigurationError(
+            "--dry-run does not write --teacher-logits", "Leave that out; the forecast times the teacher in memory"
+        )
     run = prepare(str(source), config, options, reporter or Silent())
     teacher = load_teacher(run) if run.config.distillation else None
     model, _, parameters = model_to_train(run)

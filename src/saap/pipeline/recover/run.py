@@ -25,11 +25,11 @@ from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare
 from saap.pipeline.recover.result import RecoverResult, not_quantised, recovery_manifest, recovery_report
 from saap.pipeline.recover.teacher import (
-    ask_teacher,
     check_fits,
     load_teacher,
+    missing_sequences,
     products_of,
-    sequences_left,
+    store_predictions,
     teacher_logits,
 )
 from saap.pipeline.shared import stages
@@ -110,14 +110,14 @@ def _measure(run: Recovery, model: nn.Module) -> Behaviour:
 def _teacher(run: Recovery, *, measured: bool) -> tuple[nn.Module | TeacherLogits | None, Behaviour | None]:
     """What teaches, and the behaviour of the dense model unless that is `measured`. Raises SaapError."""
     logits, distils, dense = teacher_logits(run), bool(run.config.distillation), None
-    left = [] if logits is None else sequences_left(run, logits)
-    needed = not measured or (distils and (logits is None or left))
+    incomplete = logits is not None and bool(missing_sequences(run, logits))
+    needed = not measured or (distils and (logits is None or incomplete))
     teacher: nn.Module | None = load_teacher(run) if needed else None
     if not measured and teacher is not None:
         with run.meter.stage(stages.MEASURE_TEACHER):
             dense = _measure(run, teacher)
-    if logits is not None and teacher is not None and left:
-        ask_teacher(run, teacher, logits, left)
+    if logits is not None and teacher is not None and incomplete:
+        store_predictions(run, teacher, logits)
     return (logits or teacher) if distils else None, dense
 
 

@@ -1,30 +1,31 @@
-"""The teacher of a recovery: loaded and checked, or asked once for all that it has to predict."""
+"""The teacher of a recovery: loaded and checked, or replaced by its stored predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import transformers
+from filelock import FileLock
 from torch import nn
 
+from saap._version import __version__
 from saap.core.errors import ConfigurationError, ModelError
 from saap.core.records import digest_of
 from saap.data.training import Example
 from saap.discovery.blocks import find_blocks
 from saap.export.placing import check_place
-from saap.models.loading.devices import quick_products
+from saap.models.loading.devices import quick_products, working_dtype
 from saap.models.loading.pretrained import load_model, model_without_weights
 from saap.models.structure.linear import embedding_of
 from saap.models.walk.probe import check_reads
 from saap.models.walk.walker import BlockWalker
-from saap.pipeline.recover.context import Recovery
+from saap.pipeline.recover.context import LOGITS_FLAG, Recovery
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.dense_model import keep_tokens_of, tokens_of
-from saap.pipeline.shared.digests import model_digest
+from saap.pipeline.shared.digests import model_digest, tree_digest
 from saap.recovery.teacher_logits import TeacherLogits, read_by
-
-FLAG = "--teacher-logits"
 
 
 def load_teacher(run: Recovery) -> Any | None:
@@ -85,35 +86,51 @@ def products_of(run: Recovery) -> torch.dtype | None:
 
 
 def teacher_logits(run: Recovery) -> TeacherLogits | None:
-    """The folder of the teacher's predictions, if it has one."""
-    folder = run.config.teacher_logits
-    if folder is None or run.teacher is None:
+    """The folder of the teacher's predictions, if there is one."""
+    config, teacher = run.config, run.teacher
+    if config.teacher_logits is None or teacher is None:
         return None
-    kept = tokens_of(run.resolved)
-    decisive = [model_digest(run.teacher), None if kept is None else kept.old_ids, str(products_of(run))]
     rows = output_rows(model_without_weights(run.resolved))
-    return TeacherLogits(folder=folder, top_k=run.config.teacher_top_k, teacher=digest_of([*decisive, rows]))
+    kept, sizes = tokens_of(run.resolved), None if run.earlier is None else run.earlier.parameters.before
+    top_k = min(config.teacher_top_k, rows)
+
+    def decisive() -> str:
+        code = [[file.name, tree_digest(file)] for file in sorted(teacher.folder.glob("*.py"))]
+        computed = [str(working_dtype(run.device, teacher.dtype)), str(products_of(run))]
+        read = [model_digest(teacher), teacher.trust_remote_code, code, None if kept is None else kept.old_ids]
+        return digest_of([*read, sizes, rows, *computed, __version__, transformers.__version__])
+
+    digest = run.processes.broadcast_result(decisive)  # which reads all weights
+    return TeacherLogits(folder=config.teacher_logits, top_k=top_k, teacher=digest)
 
 
-def sequences_left(run: Recovery, logits: TeacherLogits) -> list[Example]:
-    """The sequences to be read whose predictions are missing. Raises OutputError without room for them."""
+def missing_sequences(run: Recovery, logits: TeacherLogits) -> list[Example]:
+    """The sequences that the training reads and whose predictions are missing. Raises OutputError without room."""
     config = run.config
     read = read_by(run.data, batch=config.batch, steps=config.max_steps, tokens=config.max_tokens)
 
     def missing() -> list[int]:
-        found = [place for place, one in enumerate(read) if not logits.file(one).is_file()]
-        check_place(logits.folder / "predictions", sum(logits.size(read[place]) for place in found), FLAG)
-        return found
+        places = {id(one): place for place, one in enumerate(read)}
+        found = logits.missing(read)
+        if found:
+            check_place(logits.folder / "*.safetensors", sum(map(logits.size, found)), LOGITS_FLAG)
+        return [places[id(one)] for one in found]
 
     return [read[place] for place in run.processes.broadcast_result(missing)]
 
 
-def ask_teacher(run: Recovery, teacher: nn.Module, logits: TeacherLogits, sequences: Sequence[Example]) -> None:
-    """Write the teacher's predictions of these sequences, which the processes share. Raises OutputError."""
+def store_predictions(run: Recovery, teacher: nn.Module, logits: TeacherLogits) -> None:
+    """Write the missing predictions, which the processes share; another run with this folder waits.
+
+    Raises OutputError, NonFiniteLossError.
+    """
     walker = BlockWalker(teacher, find_blocks(teacher), products=products_of(run))
-    own = sequences[run.processes.rank :: run.processes.count]
-    with run.meter.stage(stages.ASK_TEACHER, f"{len(sequences)} sequences"):
-        logits.folder.mkdir(parents=True, exist_ok=True)
+    logits.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(logits.folder / ".lock") if run.processes.first else nullcontext()
+    with run.meter.stage(stages.STORE_PREDICTIONS), lock:
+        sequences = missing_sequences(run, logits)
+        run.meter.reporter.note(f"sequences missing in {logits.folder}: {len(sequences)}")
+        own = sequences[run.processes.rank :: run.processes.count]
         for done, one in enumerate(own):
             logits.add(walker, one)
             run.meter.reporter.advance(done + 1, len(own))
