@@ -14,7 +14,7 @@ from saap.core.errors import ConfigurationError
 from saap.models.loading.devices import quick_float32_products
 from saap.pipeline.recover.context import prepare
 from saap.pipeline.recover.run import model_to_train, trainer_of
-from saap.pipeline.recover.teacher import load_teacher
+from saap.pipeline.recover.teacher import check_teacher, load_teacher
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.settings.recover import RecoverConfig, Tuning
@@ -70,8 +70,9 @@ def forecast(
             "--dry-run does not write --teacher-logits", "Leave that out; the forecast times the teacher in memory"
         )
     run = prepare(str(source), config, options, reporter or Silent())
-    teacher = load_teacher(run) if run.config.distillation else None
+    check_teacher(run)
     model, _, parameters = model_to_train(run)
+    teacher = load_teacher(run) if run.config.distillation else None
     trainer = trainer_of(run, model, teacher, parameters, Path())
     with quick_float32_products():
         of_teacher = trainer.teacher_loss()

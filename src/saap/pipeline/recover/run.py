@@ -26,6 +26,7 @@ from saap.pipeline.recover.context import Recovery, prepare
 from saap.pipeline.recover.result import RecoverResult, not_quantised, recovery_manifest, recovery_report
 from saap.pipeline.recover.teacher import (
     check_fits,
+    check_teacher,
     load_teacher,
     missing_sequences,
     products_of,
@@ -57,6 +58,7 @@ def run_recover(
 ) -> RecoverResult:
     """Tune a model and write it. Invalid inputs are rejected before the training. Raises SaapError."""
     run = prepare(str(source), config, options, reporter or Silent())
+    check_teacher(run)
     work = WorkFolder(work_path(options))
     run.processes.broadcast_result(lambda: work.open(run.digest))
     with work.alone(run.processes, stages=STATE), quick_float32_products():
@@ -69,9 +71,12 @@ def run_recover(
                 check_fits(run, whole)
                 before = _measure(run, whole)
             del whole
-        teacher, found = _teacher(run, measured=measured)
+        stored = run.config.teacher_logits is not None
+        teacher, found = _teacher(run, measured=measured) if stored else (None, None)
+        model, handle, parameters = model_to_train(run)  # at first whole, so with no teacher next to it
+        if not stored:
+            teacher, found = _teacher(run, measured=measured)
         dense = dense if measured else found
-        model, handle, parameters = model_to_train(run)
         if before is None:
             with run.meter.stage(stages.MEASURE_BEFORE):
                 before = _measure(run, model)
@@ -164,6 +169,7 @@ def _quantised_model(run: Recovery) -> Any:
             run.resolved, partial(_fitting, config), lambda path, read: quantise(read(), **sizes), device=run.device
         )
     model = load_model(run.resolved, device=run.device)
+    check_fits(run, model)
     _fitting(config, model)
     samples = [torch.from_numpy(one.tokens).to(run.device)[None] for one in run.data.train[:FEEDBACK_SAMPLES]]
     quantise_by_feedback(model, find_blocks(model), samples, **sizes, progress=run.meter.reporter.advance)

@@ -28,35 +28,39 @@ from saap.pipeline.shared.digests import model_digest, tree_digest
 from saap.recovery.teacher_logits import TeacherLogits, read_by
 
 
+def check_teacher(run: Recovery) -> None:
+    """Raise ConfigurationError for a teacher of another size than the dense model, or that predicts other tokens.
+
+    No weights are read for it.
+    """
+    teacher, sizes = run.teacher, None if run.earlier is None else run.earlier.parameters
+    if teacher is None:
+        return
+    skeleton = model_without_weights(teacher)
+    found = sum(value.numel() for value in skeleton.parameters())
+    if sizes is not None and sizes.before != sizes.after and found != sizes.before:
+        expected = f"{run.resolved.source} was pruned from a model of {sizes.before:,}"
+        raise ConfigurationError(
+            f"{teacher.source} has {found:,} parameters, but {expected}",
+            "Specify that model with --dense, or use --distillation 0",
+        )
+    of_teacher, of_model = (output_rows(one) for one in (skeleton, model_without_weights(run.resolved)))
+    if run.config.distillation and of_teacher != of_model and tokens_of(run.resolved) is None:
+        raise ConfigurationError(
+            f"{run.resolved.source} has {of_model:,} output rows, but its teacher {teacher.source} {of_teacher:,}",
+            "Specify a dense model with as many rows with --dense, or use --distillation 0",
+        )
+
+
 def load_teacher(run: Recovery) -> Any | None:
-    """The dense model, if it is known and here. Raises SaapError if it does not fit the run."""
+    """The dense model, if it is known and here. Raises SaapError."""
     if run.teacher is None:
         return None
     with run.meter.stage(stages.LOAD_TEACHER):
         teacher = load_model(run.teacher, device=run.device)
-        found = sum(value.numel() for value in teacher.parameters())
-        sizes = None if run.earlier is None else run.earlier.parameters
-        if sizes is not None and sizes.before != sizes.after and found != sizes.before:
-            expected = f"{run.resolved.source} was pruned from a model of {sizes.before:,}"
-            raise ConfigurationError(
-                f"{run.teacher.source} has {found:,} parameters, but {expected}",
-                "Specify that model with --dense, or use --distillation 0",
-            )
         keep_tokens_of(teacher, tokens_of(run.resolved))
         check_fits(run, teacher)
-        if run.config.distillation:
-            _check_output_rows(run, teacher, run.teacher.source)
     return teacher
-
-
-def _check_output_rows(run: Recovery, teacher: Any, source: str) -> None:
-    """Raise ConfigurationError if the teacher predicts other tokens than the model, which is not loaded for this."""
-    of_teacher, of_model = (output_rows(one) for one in (teacher, model_without_weights(run.resolved)))
-    if of_teacher != of_model:
-        raise ConfigurationError(
-            f"{run.resolved.source} has {of_model:,} output rows, but its teacher {source} {of_teacher:,}",
-            "Specify a dense model with as many rows with --dense, or use --distillation 0",
-        )
 
 
 def output_rows(model: Any) -> int:
