@@ -213,7 +213,7 @@ def recover(
     dense_trust_remote_code: bool = False,
     distillation: float | None = None,
     teacher_logits: str | Path | None = None,
-    teacher_top_k: int = 64,
+    teacher_top_k: int = 256,
     on_policy: float = 0.0,
     max_seq_length: int = 512,
     bos: bool = True,

@@ -65,7 +65,7 @@ def summarise(cells: Cells) -> Values:
         rows = {name: cells[f"{model}/{name}"] for name in ("dense", "pruned", *KEPT) if f"{model}/{name}" in cells}
         if not {"dense", "pruned", LIVE} <= rows.keys():
             continue
-        means = {name: math.log(geometric_mean(row["perplexity"].values())) for name, row in rows.items()}
+        means = {name: math.log(geometric_mean(list(row["perplexity"].values()))) for name, row in rows.items()}
         gap = means["pruned"] - means["dense"]
         ways = [
             {"name": name, "closed": (means["pruned"] - means[name]) / gap, "token": row["seconds"] / row["tokens"],

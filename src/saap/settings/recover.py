@@ -86,7 +86,7 @@ class RecoverConfig(Settings):
             aliases=("teacher_logprobs",),
         ),
     ] = None
-    teacher_top_k: Annotated[AtLeast1, teacher_flag("Tokens stored at each position, most probable first.")] = 64
+    teacher_top_k: Annotated[AtLeast1, teacher_flag("Tokens stored at each position, most probable first.")] = 256
     on_policy: Annotated[
         float,
         Field(ge=0, le=1),
