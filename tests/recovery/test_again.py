@@ -12,9 +12,10 @@ import torch
 from tests.pipeline import tiny
 
 import saap
-from saap.core.errors import ConfigurationError, OutputError, VerificationError
+from saap.core.errors import ConfigurationError, GroupSizeError, OutputError, VerificationError
 from saap.core.manifest import Opening, RunManifest, read_manifest
 from saap.export.huggingface import write_records
+from saap.pipeline.recover import quantised
 from saap.pipeline.recover import run as recovery_run
 from saap.pipeline.shared.progress import Silent
 from saap.recovery.train import Trainer, Training
@@ -146,3 +147,25 @@ def test_a_folder_that_differs_from_memory_is_not_put_in_its_place(
     notes = Notes()
     saap.recover(dense, dtype="float32", reporter=notes, **full)
     assert "resuming after step 2" in notes.notes
+
+
+def test_a_resumed_training_keeps_the_codes_that_it_began_with(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = saap.recover(dense, data=[text], out=tmp_path / "whole", **QUICK)
+    with failing_in(2), pytest.raises(torch.OutOfMemoryError):
+        saap.recover(dense, data=[text], out=tmp_path / "again", **QUICK)
+    monkeypatch.setattr(quantised, "quantise_by_feedback", None)
+    again = saap.recover(dense, data=[text], out=tmp_path / "again", **QUICK)
+    losses = [[point.loss for point in one.training.points] for one in (whole, again)]
+    assert losses[0] == losses[1]
+
+
+def test_groups_that_do_not_fit_are_refused_before_the_predictions_of_the_teacher(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery_run, "load_teacher", None)
+    given: dict[str, Any] = {"data": [text], "teacher": dense, "teacher_logits": tmp_path / "logits", **QUICK}
+    with pytest.raises(GroupSizeError, match="128 does not divide"):
+        saap.recover(dense, out=tmp_path / "tuned", group_size=128, **given)
+    assert list(tmp_path.iterdir()) == []

@@ -318,9 +318,7 @@ def test_error_feedback_over_a_model_loses_less(family: str) -> None:
             return float((model(held).logits - expected).norm())
 
     model = build(family).float()
-    quantise_by_feedback(
-        BlockWalker(model, blocks(model)), ids, group_size=16, bits=3, progress=lambda done, total: None
-    )
+    quantise_by_feedback(model, blocks(model), ids, group_size=16, bits=3, progress=lambda done, total: None)
     assert error(model) < error(quantised(family, bits=3))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.core.errors import ModelError
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexities
 from saap.export.huggingface import FolderParts, write_recovered
 from saap.export.placing import check_place
-from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
+from saap.models.checkpoint.groupwise import GroupwiseWeight
 from saap.models.loading.devices import quick_float32_products
-from saap.models.loading.pretrained import end_tokens, load_groupwise, load_model
+from saap.models.loading.pretrained import end_tokens, load_model
 from saap.models.loading.references import resolve_model
 from saap.models.structure.routers import find_routers
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare
+from saap.pipeline.recover.quantised import check_layers, linears_of, quantised_model, without_linears
 from saap.pipeline.recover.result import RecoverResult, not_quantised, recovery_manifest, recovery_report
 from saap.pipeline.recover.teacher import (
     check_fits,
@@ -41,14 +40,12 @@ from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.verify import check_written, few_logits
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
-from saap.recovery.quantise import check_group_sizes, quantise, quantise_by_feedback
-from saap.recovery.sharding import check_shardable, shard_layers
+from saap.recovery.sharding import shard_layers
 from saap.recovery.teacher_logits import TeacherLogits
 from saap.recovery.train import STATE, Report, Trainer
 from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig, Tuning
 
-FEEDBACK_SAMPLES = 16
 # Tolerance of logits for rounding to 16 bits, relative to the largest one.
 TOLERANCE = 0.1
 
@@ -59,13 +56,14 @@ def run_recover(
     """Tune a model and write it. Invalid inputs are rejected before the training. Raises SaapError."""
     run = prepare(str(source), config, options, reporter or Silent())
     check_teacher(run)
+    check_layers(run)
     work = WorkFolder(work_path(options))
     run.processes.broadcast_result(lambda: work.open(run.digest))
     with work.alone(run.processes, stages=STATE), quick_float32_products():
         groupwise = config.tuning is Tuning.GROUPWISE
         dense, before = run.recorded()
         measured = before is not None
-        if not measured and groupwise:  # and freed before anything else is loaded
+        if not measured and groupwise:  # freed before the next model is loaded
             with run.meter.stage(stages.MEASURE_BEFORE):
                 whole = load_model(run.resolved, device=run.device)
                 check_fits(run, whole)
@@ -73,7 +71,7 @@ def run_recover(
             del whole
         stored = run.config.teacher_logits is not None
         teacher, found = _teacher(run, measured=measured) if stored else (None, None)
-        model, handle, parameters = model_to_train(run)  # at first whole, so with no teacher next to it
+        model, handle, parameters = model_to_train(run, work.path)  # first whole, so the teacher is loaded after it
         if not stored:
             teacher, found = _teacher(run, measured=measured)
         dense = dense if measured else found
@@ -126,13 +124,11 @@ def _teacher(run: Recovery, *, measured: bool) -> tuple[nn.Module | TeacherLogit
     return (logits or teacher) if distils else None, dense
 
 
-def _linears(model: nn.Module) -> dict[str, int]:
-    """Path and input size of the linear layers in the decoder blocks."""
-    return linears_inside(model, find_blocks(model))
+def model_to_train(run: Recovery, folder: Path) -> tuple[Any, Any | None, dict[str, nn.Parameter]]:
+    """The model, the handle of what is trained in full precision if any, and the parameters. Raises SaapError.
 
-
-def model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter]]:
-    """The model, the handle of what is trained in full precision if any, and the parameters. Raises SaapError."""
+    folder: for the codes of a quantised model.
+    """
     config = run.config
     if config.tuning is not Tuning.GROUPWISE:
         with run.meter.stage(stages.LOAD):
@@ -141,7 +137,7 @@ def model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Paramet
         check_fits(run, model)
         return model, handle, parameters
     with run.meter.stage(stages.QUANTISE, f"{config.bits} bits in groups of {config.group_size}"):
-        model = _quantised_model(run)
+        model = quantised_model(run, folder)
         check_fits(run, model)
         parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     left = not_quantised(model)
@@ -156,41 +152,9 @@ def _in_full_precision(config: RecoverConfig, model: nn.Module) -> tuple[Any, di
         found = find_routers if config.tuning is Tuning.ROUTER else weights_inside
         weights = TunedWeights(model, found(model, find_blocks(model)))
         return weights, weights.parameters
-    if not _linears(model):
-        raise _without_linears(model)
-    return add_lora(model, _linears(model), rank=config.rank, alpha=config.alpha, seed=config.seed)
-
-
-def _quantised_model(run: Recovery) -> Any:
-    config = run.config
-    sizes = {"group_size": config.group_size, "bits": config.bits}
-    if not config.error_feedback:
-        return load_groupwise(
-            run.resolved, partial(_fitting, config), lambda path, read: quantise(read(), **sizes), device=run.device
-        )
-    model = load_model(run.resolved, device=run.device)
-    check_fits(run, model)
-    _fitting(config, model)
-    samples = [torch.from_numpy(one.tokens).to(run.device)[None] for one in run.data.train[:FEEDBACK_SAMPLES]]
-    quantise_by_feedback(model, find_blocks(model), samples, **sizes, progress=run.meter.reporter.advance)
-    return model
-
-
-def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
-    """The layers to quantise. Raises SaapError if the settings do not fit them."""
-    sizes = _linears(model)
-    if not sizes:
-        raise _without_linears(model)
-    check_group_sizes(sizes, config.group_size)
-    if config.shard:
-        check_shardable(model, sizes)
-    return tuple(sizes)
-
-
-def _without_linears(model: nn.Module) -> ModelError:
-    return ModelError(
-        f"{type(model).__name__} has no linear layers in its blocks", "Use --tuning full, or another model"
-    )
+    if not linears_of(model):
+        raise without_linears(model)
+    return add_lora(model, linears_of(model), rank=config.rank, alpha=config.alpha, seed=config.seed)
 
 
 def trainer_of(
@@ -200,7 +164,9 @@ def trainer_of(
     """The trainer of a run, with the teacher if the run distils."""
     if run.config.shard:
         layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
-        layers += [teacher.get_submodule(path) for path in _linears(teacher)] if isinstance(teacher, nn.Module) else []
+        layers += (
+            [teacher.get_submodule(path) for path in linears_of(teacher)] if isinstance(teacher, nn.Module) else []
+        )
         shard_layers(layers, run.device, run.processes)
     reporter = run.meter.reporter
     products = products_of(run)

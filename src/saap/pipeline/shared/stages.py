@@ -58,7 +58,7 @@ PRUNE = (
 )  # fmt: skip
 """All stages of `saap prune`; a run skips those that its settings do not request."""
 
-# Stages of `saap recover`, whose order is fixed; weights are quantised while they are read, or loaded unchanged.
+# Stages of `saap recover`.
 READ_RECORDS = Stage("read the model's records and the training data")
 LOAD_TEACHER = Stage("load the teacher")
 MEASURE_TEACHER = Stage("measure the teacher")
