@@ -140,9 +140,8 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     given = ["--pruning-ratio", "0.2", *FAST]
     yield "written, two processes", partial(pruned, folder / "several", source, *given, processes=2)
     small = folder / "default text"
-    feedback = ["--group-size", "16"]
-    groups = [*feedback, "--no-error-feedback"]
-    kinds = {"groupwise": groups, "feedback": feedback, "lora": ["--tuning", "lora"]}
+    groups = ["--group-size", "16"]
+    kinds = {"groupwise": groups, "feedback": [*groups, "--error-feedback"], "lora": ["--tuning", "lora"]}
     for name, flags in kinds.items():
         tuning = ["--data", text, "--max-steps", "3", "--max-seq-length", "64", *flags]
         make = partial(pruned, small, source, *given)

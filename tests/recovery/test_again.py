@@ -152,11 +152,12 @@ def test_a_folder_that_differs_from_memory_is_not_put_in_its_place(
 def test_a_resumed_training_keeps_the_codes_that_it_began_with(
     dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = saap.recover(dense, data=[text], out=tmp_path / "whole", **QUICK)
+    given: dict[str, Any] = {"data": [text], "error_feedback": True, **QUICK}
+    whole = saap.recover(dense, out=tmp_path / "whole", **given)
     with failing_in(2), pytest.raises(torch.OutOfMemoryError):
-        saap.recover(dense, data=[text], out=tmp_path / "again", **QUICK)
+        saap.recover(dense, out=tmp_path / "again", **given)
     monkeypatch.setattr(quantised, "quantise_by_feedback", None)
-    again = saap.recover(dense, data=[text], out=tmp_path / "again", **QUICK)
+    again = saap.recover(dense, out=tmp_path / "again", **given)
     losses = [[point.loss for point in one.training.points] for one in (whole, again)]
     assert losses[0] == losses[1]
 

@@ -145,7 +145,7 @@ def test_the_written_weights_are_scale_times_code_plus_zero(dense: Path, text: P
 
 
 @pytest.mark.parametrize(
-    "changes", [{"error_feedback": False}, {"tuning": "lora"}, {"tuning": "full"}, {"teacher": "dense"}]
+    "changes", [{"error_feedback": True}, {"tuning": "lora"}, {"tuning": "full"}, {"teacher": "dense"}]
 )
 def test_options(dense: Path, text: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     if "teacher" in changes:

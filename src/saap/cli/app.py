@@ -93,7 +93,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        lower = "prune: --max-memory; recover: --no-error-feedback, --micro-batch-size"
+        lower = "prune: --max-memory; recover: --micro-batch-size"
         remedy = f"Free some, or lower what the run takes ({lower})"
         leave(2, f"error: Out of memory: {first_line(error).rstrip('.')}. {remedy}.")
     sys.exit(code if isinstance(code, int) else 0)

@@ -67,11 +67,7 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
         raise ConfigurationError("--check opens folders, not GGUF files", "Leave it out, or write a folder with -o DIR")
     for consumer in stages.check:
         consumer.check()
-    tuning = (
-        RecoverConfig(data=data, max_minutes=stages.recover_minutes, bos=config.bos, error_feedback=not papers)
-        if data
-        else None
-    )
+    tuning = RecoverConfig(data=data, max_minutes=stages.recover_minutes, bos=config.bos) if data else None
     from saap.cli.show import output
     from saap.cli.show import prune as drawn
 

@@ -60,8 +60,8 @@ class RecoverConfig(Settings):
     ] = 32
     error_feedback: Annotated[
         bool,
-        quantised_flag("Quantise by GPTQ: later columns compensate for the rounding of earlier ones; slower, better."),
-    ] = True
+        quantised_flag("Quantise by GPTQ: later columns compensate for the rounding of earlier ones; for short runs."),
+    ] = False
     rank: Annotated[AtLeast1, quantised_flag("Rank of the adapters.")] = 16
     alpha: Annotated[Positive, quantised_flag("The adapters' product is scaled by alpha / rank.")] = 16.0
     scales: Annotated[bool, quantised_flag("Learn the scales besides the zero points.")] = True
