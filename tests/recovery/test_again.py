@@ -15,7 +15,6 @@ import saap
 from saap.core.errors import ConfigurationError, GroupSizeError, OutputError, VerificationError
 from saap.core.manifest import Opening, RunManifest, read_manifest
 from saap.export.huggingface import write_records
-from saap.pipeline.recover import quantised
 from saap.pipeline.recover import run as recovery_run
 from saap.pipeline.shared.progress import Silent
 from saap.recovery.train import Trainer, Training
@@ -147,19 +146,6 @@ def test_a_folder_that_differs_from_memory_is_not_put_in_its_place(
     notes = Notes()
     saap.recover(dense, dtype="float32", reporter=notes, **full)
     assert "resuming after step 2" in notes.notes
-
-
-def test_a_resumed_training_keeps_the_codes_that_it_began_with(
-    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {"data": [text], "error_feedback": True, **QUICK}
-    whole = saap.recover(dense, out=tmp_path / "whole", **given)
-    with failing_in(2), pytest.raises(torch.OutOfMemoryError):
-        saap.recover(dense, out=tmp_path / "again", **given)
-    monkeypatch.setattr(quantised, "quantise_by_feedback", None)
-    again = saap.recover(dense, out=tmp_path / "again", **given)
-    losses = [[point.loss for point in one.training.points] for one in (whole, again)]
-    assert losses[0] == losses[1]
 
 
 def test_groups_that_do_not_fit_are_refused_before_the_predictions_of_the_teacher(

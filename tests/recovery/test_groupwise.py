@@ -22,7 +22,7 @@ from saap.models.checkpoint.groupwise import (
     write_packed,
 )
 from saap.recovery.adapter import AdaptedLinear
-from saap.recovery.quantise import check_group_sizes, quantise, quantise_with_feedback
+from saap.recovery.quantise import check_group_sizes, quantise
 from saap.settings.recover import LEGAL_BITS, LEGAL_GROUP_SIZES
 
 gguf = pytest.importorskip("gguf")
@@ -203,20 +203,6 @@ def test_rounding_the_model_keeps_scales_and_zero_points() -> None:
     assert layer.bias.dtype == torch.bfloat16
 
 
-def test_error_feedback_lowers_the_error_of_the_outputs() -> None:
-    mixing = random(64, 64, seed=5) + 0.5
-    inputs = random(400, 64, seed=6) @ mixing
-    weight = random(20, 64)
-    gram = inputs.T @ inputs
-
-    def error(found: Tensor) -> float:
-        return float(((found - weight) @ inputs.T).norm())
-
-    plain = quantise(weight, group_size=16, bits=3)
-    fed_back = quantise_with_feedback(weight, gram, group_size=16, bits=3)
-    assert error(fed_back.dequantised()) < 0.8 * error(plain.dequantised())
-
-
 def test_refusal_names_every_matrix_and_the_sizes_that_fit() -> None:
     inputs = {"a.up": 64, "a.down": 112, "b.down": 80}
     with pytest.raises(GroupSizeError, match=r"2 matrices .* 32 .*a\.down \(112\), b\.down \(80\).*--group-size 16"):
@@ -246,10 +232,3 @@ def test_q4_1_blocks_are_what_gguf_reads() -> None:
     read = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1))
     expected = replace(weight, zero=weight.zero.half().float()).dequantised()
     torch.testing.assert_close(read, expected, rtol=0, atol=1e-7)
-
-
-def test_inputs_that_are_not_finite_are_an_error() -> None:
-    gram = torch.eye(32)
-    gram[3, 4] = torch.nan
-    with pytest.raises(ModelError, match="input of a linear layer is not finite"):
-        quantise_with_feedback(torch.randn(4, 32), gram, group_size=16, bits=4)

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 from saap.core.errors import ConfigurationError
 from saap.models.loading.devices import quick_float32_products
 from saap.pipeline.recover.context import prepare
-from saap.pipeline.recover.quantised import check_layers
-from saap.pipeline.recover.run import model_to_train, trainer_of
+from saap.pipeline.recover.run import check_layers, model_to_train, trainer_of
 from saap.pipeline.recover.teacher import check_teacher, load_teacher
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Reporter, Silent
@@ -74,10 +72,10 @@ def forecast(
     run = prepare(str(source), config, options, reporter or Silent())
     check_teacher(run)
     check_layers(run)
-    with quick_float32_products(), TemporaryDirectory(prefix="saap-") as folder:
-        model, _, parameters = model_to_train(run, Path(folder))
-        teacher = load_teacher(run) if run.config.distillation else None
-        trainer = trainer_of(run, model, teacher, parameters, Path(folder))
+    teacher = load_teacher(run) if run.config.distillation else None
+    model, _, parameters = model_to_train(run)
+    trainer = trainer_of(run, model, teacher, parameters, Path())
+    with quick_float32_products():
         of_teacher = trainer.teacher_loss()
         clock = perf_counter()
         before = trainer.held_out_loss(trainer.walker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from saap.core.errors import ModelError
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexities
 from saap.export.huggingface import FolderParts, write_recovered
 from saap.export.placing import check_place
-from saap.models.checkpoint.groupwise import GroupwiseWeight
+from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products
-from saap.models.loading.pretrained import end_tokens, load_model
+from saap.models.loading.pretrained import end_tokens, load_groupwise, load_model, model_without_weights
 from saap.models.loading.references import resolve_model
 from saap.models.structure.routers import find_routers
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare
-from saap.pipeline.recover.quantised import check_layers, linears_of, quantised_model, without_linears
 from saap.pipeline.recover.result import RecoverResult, not_quantised, recovery_manifest, recovery_report
 from saap.pipeline.recover.teacher import (
     check_fits,
@@ -40,7 +41,8 @@ from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.verify import check_written, few_logits
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
-from saap.recovery.sharding import shard_layers
+from saap.recovery.quantise import check_group_sizes, quantise
+from saap.recovery.sharding import check_shardable, shard_layers
 from saap.recovery.teacher_logits import TeacherLogits
 from saap.recovery.train import STATE, Report, Trainer
 from saap.recovery.weights import TunedWeights, weights_inside
@@ -63,18 +65,15 @@ def run_recover(
         groupwise = config.tuning is Tuning.GROUPWISE
         dense, before = run.recorded()
         measured = before is not None
-        if not measured and groupwise:  # freed before the next model is loaded
+        if not measured and groupwise:  # and freed before anything else is loaded
             with run.meter.stage(stages.MEASURE_BEFORE):
                 whole = load_model(run.resolved, device=run.device)
                 check_fits(run, whole)
                 before = _measure(run, whole)
             del whole
-        stored = run.config.teacher_logits is not None
-        teacher, found = _teacher(run, measured=measured) if stored else (None, None)
-        model, handle, parameters = model_to_train(run, work.path)  # first whole, so the teacher is loaded after it
-        if not stored:
-            teacher, found = _teacher(run, measured=measured)
+        teacher, found = _teacher(run, measured=measured)
         dense = dense if measured else found
+        model, handle, parameters = model_to_train(run)
         if before is None:
             with run.meter.stage(stages.MEASURE_BEFORE):
                 before = _measure(run, model)
@@ -124,11 +123,13 @@ def _teacher(run: Recovery, *, measured: bool) -> tuple[nn.Module | TeacherLogit
     return (logits or teacher) if distils else None, dense
 
 
-def model_to_train(run: Recovery, folder: Path) -> tuple[Any, Any | None, dict[str, nn.Parameter]]:
-    """The model, the handle of what is trained in full precision if any, and the parameters. Raises SaapError.
+def _linears(model: nn.Module) -> dict[str, int]:
+    """Path and input size of the linear layers in the decoder blocks."""
+    return linears_inside(model, find_blocks(model))
 
-    folder: for the codes of a quantised model.
-    """
+
+def model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter]]:
+    """The model, the handle of what is trained in full precision if any, and the parameters. Raises SaapError."""
     config = run.config
     if config.tuning is not Tuning.GROUPWISE:
         with run.meter.stage(stages.LOAD):
@@ -137,7 +138,7 @@ def model_to_train(run: Recovery, folder: Path) -> tuple[Any, Any | None, dict[s
         check_fits(run, model)
         return model, handle, parameters
     with run.meter.stage(stages.QUANTISE, f"{config.bits} bits in groups of {config.group_size}"):
-        model = quantised_model(run, folder)
+        model = _quantised_model(run)
         check_fits(run, model)
         parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     left = not_quantised(model)
@@ -152,9 +153,38 @@ def _in_full_precision(config: RecoverConfig, model: nn.Module) -> tuple[Any, di
         found = find_routers if config.tuning is Tuning.ROUTER else weights_inside
         weights = TunedWeights(model, found(model, find_blocks(model)))
         return weights, weights.parameters
-    if not linears_of(model):
-        raise without_linears(model)
-    return add_lora(model, linears_of(model), rank=config.rank, alpha=config.alpha, seed=config.seed)
+    if not _linears(model):
+        raise _without_linears(model)
+    return add_lora(model, _linears(model), rank=config.rank, alpha=config.alpha, seed=config.seed)
+
+
+def check_layers(run: Recovery) -> None:
+    """Raise SaapError if the settings do not fit the layers to quantise. No weights are read."""
+    if run.config.tuning is Tuning.GROUPWISE:
+        _fitting(run.config, model_without_weights(run.resolved))
+
+
+def _quantised_model(run: Recovery) -> Any:
+    sizes = {"group_size": run.config.group_size, "bits": run.config.bits}
+    fitting = partial(_fitting, run.config)
+    return load_groupwise(run.resolved, fitting, lambda _, read: quantise(read(), **sizes), device=run.device)
+
+
+def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
+    """The layers to quantise. Raises SaapError if the settings do not fit them."""
+    sizes = _linears(model)
+    if not sizes:
+        raise _without_linears(model)
+    check_group_sizes(sizes, config.group_size)
+    if config.shard:
+        check_shardable(model, sizes)
+    return tuple(sizes)
+
+
+def _without_linears(model: nn.Module) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} has no linear layers in its blocks", "Use --tuning full, or another model"
+    )
 
 
 def trainer_of(
@@ -164,9 +194,7 @@ def trainer_of(
     """The trainer of a run, with the teacher if the run distils."""
     if run.config.shard:
         layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
-        layers += (
-            [teacher.get_submodule(path) for path in linears_of(teacher)] if isinstance(teacher, nn.Module) else []
-        )
+        layers += [teacher.get_submodule(path) for path in _linears(teacher)] if isinstance(teacher, nn.Module) else []
         shard_layers(layers, run.device, run.processes)
     reporter = run.meter.reporter
     products = products_of(run)
