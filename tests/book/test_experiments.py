@@ -20,6 +20,7 @@ from tests.pipeline import tiny
 TRIED = [one for one in EXPERIMENTS if one.smoke and one.name != "accelerator"]
 FEW = {
     "families": ("bloom",), "calibration": 10, "experts": (*experts.CELLS, *experts.EXTRA),
+    "teacher-logits": tuple(f"smollm2/{state}" for state in ("dense", "pruned", "in memory", "8")),
     "recovery": tuple(f"{recovery.MAIN}/{state}" for state in ("dense", "pruned", "groupwise", recovery.OWN)),
 }  # fmt: skip
 """Cells that are enough for a smoke run: by name, or so many of the first."""

@@ -67,11 +67,14 @@ def summarise(cells: Cells) -> Values:
             continue
         means = {name: math.log(geometric_mean(list(row["perplexity"].values()))) for name, row in rows.items()}
         gap = means["pruned"] - means["dense"]
-        ways = [
-            {"name": name, "closed": (means["pruned"] - means[name]) / gap, "token": row["seconds"] / row["tokens"],
-             "stored": row["storing"] / row["tokens"], **row}
+        ways = {
+            name: {"closed": (means["pruned"] - means[name]) / gap, "kept": KEPT[name], **row}
             for name, row in rows.items() if name in KEPT
-        ]  # fmt: skip
-        live = next(way for way in ways if way["name"] == LIVE)
-        groups.append({"model": model, "live": live, "ways": ways})
+        }  # fmt: skip
+        live, most = ways[LIVE], ways[list(ways)[-1]]
+        token = live["seconds"] / live["tokens"]
+        groups.append({
+            "model": model, "live": live, "ways": ways, "most": most, "memory": most["peak_bytes"] / live["peak_bytes"],
+            **{name: most[name] / most["tokens"] / token for name in ("seconds", "storing")},
+        })  # fmt: skip
     return {"groups": groups}
