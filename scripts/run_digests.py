@@ -141,7 +141,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "written, two processes", partial(pruned, folder / "several", source, *given, processes=2)
     small = folder / "default text"
     groups = ["--group-size", "16"]
-    kinds = {"groupwise": groups, "lora": ["--tuning", "lora"]}
+    kinds = {"groupwise": groups, "feedback": [*groups, "--error-feedback"], "lora": ["--tuning", "lora"]}
     for name, flags in kinds.items():
         tuning = ["--data", text, "--max-steps", "3", "--max-seq-length", "64", *flags]
         make = partial(pruned, small, source, *given)

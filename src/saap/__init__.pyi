@@ -204,6 +204,7 @@ def recover(
     tuning: Tuning | str = Tuning.GROUPWISE,
     bits: int = 4,
     group_size: int = 32,
+    error_feedback: bool = False,
     rank: int = 16,
     alpha: float = 16.0,
     scales: bool = True,
@@ -251,6 +252,7 @@ def recover(
         blocks, router: only the routers of experts.
     bits: Bits of a weight: 2, 3, 4 or 8.
     group_size: Inputs that share a scale and a zero point: 16, 32, 64 or 128.
+    error_feedback: Quantise by GPTQ: later columns compensate for earlier ones.
     rank: Rank of the adapters.
     alpha: The adapters' product is scaled by alpha / rank.
     scales: Learn the scales besides the zero points.

@@ -18,6 +18,7 @@ import saap
 from saap.models.loading import devices, memory
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.spill import Spill
+from saap.pipeline.recover import run as recovery_run
 from saap.pipeline.shared import memory_limit, outcome, tokens
 from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.prune import PruneConfig
@@ -144,11 +145,12 @@ def test_it_writes_the_same_text(small: Path, capsys: pytest.CaptureFixture[str]
 GROUPS = ("--group-size", "16")
 
 
-@pytest.mark.parametrize("flags", [GROUPS, ("--tuning", "lora")], ids=str)
+@pytest.mark.parametrize("flags", [GROUPS, (*GROUPS, "--error-feedback"), ("--tuning", "lora")], ids=str)
 def test_a_result_is_tuned_as_on_the_cpu(
     flags: tuple[str, ...], small: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    tolerance: float,
+    tolerance: float, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr(recovery_run, "FEEDBACK_SAMPLES", 2)
     little = ("--max-steps", "2", "--length", "32", "--validation-samples", "2")
     given = ("recover", small, "--data", text, *little, *flags)
     found = run(capsys, *given, "--out", tmp_path / "lazy", "--json")

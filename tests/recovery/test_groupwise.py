@@ -22,7 +22,7 @@ from saap.models.checkpoint.groupwise import (
     write_packed,
 )
 from saap.recovery.adapter import AdaptedLinear
-from saap.recovery.quantise import check_group_sizes, quantise
+from saap.recovery.quantise import check_group_sizes, quantise, quantise_with_feedback
 from saap.settings.recover import LEGAL_BITS, LEGAL_GROUP_SIZES
 
 gguf = pytest.importorskip("gguf")
@@ -201,6 +201,20 @@ def test_rounding_the_model_keeps_scales_and_zero_points() -> None:
     assert layer.zero.dtype == torch.float32
     assert layer.bias is not None
     assert layer.bias.dtype == torch.bfloat16
+
+
+def test_error_feedback_lowers_the_error_of_the_outputs() -> None:
+    mixing = random(64, 64, seed=5) + 0.5
+    inputs = random(400, 64, seed=6) @ mixing
+    weight = random(20, 64)
+    gram = inputs.T @ inputs
+
+    def error(found: Tensor) -> float:
+        return float(((found - weight) @ inputs.T).norm())
+
+    plain = quantise(weight, group_size=16, bits=3)
+    fed_back = quantise_with_feedback(weight, gram, group_size=16, bits=3)
+    assert error(fed_back.dequantised()) < 0.8 * error(plain.dequantised())
 
 
 def test_refusal_names_every_matrix_and_the_sizes_that_fit() -> None:

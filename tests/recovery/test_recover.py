@@ -144,7 +144,9 @@ def test_the_written_weights_are_scale_times_code_plus_zero(dense: Path, text: P
     assert not list(out.glob("*packed*"))
 
 
-@pytest.mark.parametrize("changes", [{"tuning": "lora"}, {"tuning": "full"}, {"teacher": "dense"}])
+@pytest.mark.parametrize(
+    "changes", [{"error_feedback": True}, {"tuning": "lora"}, {"tuning": "full"}, {"teacher": "dense"}]
+)
 def test_options(dense: Path, text: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     if "teacher" in changes:
         changes = {"teacher": str(dense), "distillation": 0.5}

@@ -22,7 +22,7 @@ from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
 from saap.recovery import train as training
 from saap.recovery.adapter import adapt, add_lora, merge
-from saap.recovery.quantise import quantise
+from saap.recovery.quantise import quantise, quantise_by_feedback
 from saap.recovery.train import Report, Trainer, Training, learning_rate, share_done
 from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig
@@ -306,6 +306,22 @@ def test_all_weights_of_the_blocks_learn_and_no_others(tmp_path: Path, family: s
     assert changed == {name for name in before if name.startswith(tuple(f"{path}." for path in blocks(model)))}
 
 
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+def test_error_feedback_over_a_model_loses_less(family: str) -> None:
+    ids = [token_ids(1, 60, seed=seed) for seed in range(8)]
+    held = token_ids(8, 60, seed=99)
+    dense = build(family).float()
+    expected = dense(held).logits
+
+    def error(model: Any) -> float:
+        with torch.no_grad():
+            return float((model(held).logits - expected).norm())
+
+    model = build(family).float()
+    quantise_by_feedback(model, blocks(model), ids, group_size=16, bits=3, progress=lambda done, total: None)
+    assert error(model) < error(quantised(family, bits=3))
+
+
 def test_schedule() -> None:
     rates = [learning_rate(1.0, share / 100, 0.1) for share in range(101)]
     assert max(rates) == 1.0 == rates[10]
@@ -404,6 +420,7 @@ def test_too_little_data(tmp_path: Path) -> None:
     [
         ({"bits": 5}, "--bits 5"), ({"group_size": 24}, "--group-size 24"), ({"rank": 0}, "--rank 0"),
         ({"learning_rate": -1.0}, "--learning-rate"),
+        ({"error_feedback": True, "tuning": "lora"}, "--error-feedback"),
         ({"bits": 4, "scales": True, "tuning": "lora"}, "no quantised layers for --bits and --scales"),
         ({"rank": 16, "tuning": "full"}, "no adapters for --rank"),
     ],

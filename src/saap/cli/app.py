@@ -15,7 +15,7 @@ from saap.core.errors import SaapError, first_line, out_of_memory
 
 COMMANDS = {
     "prune": ("prune", "Prune a model and write a smaller checkpoint."),
-    "recover": ("recover", "Tune a pruned model on text, by default with quantised weights."),
+    "recover": ("recover", "Tune a pruned model on text with quantised weights, in little memory."),
     "eval": ("evaluate", "Measure perplexity, zero-shot tasks, generation, conversations and speed."),
     "compare": ("compare", "Compare pruning methods: same calibration, same number of parameters, one table."),
     "export": ("export", "Write a model for llama.cpp or Ollama, or upload it."),
@@ -93,7 +93,6 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        lower = "prune: --max-memory; recover: --micro-batch-size"
-        remedy = f"Free some, or lower what the run takes ({lower})"
+        remedy = "Free some, or lower what the run takes (prune: --max-memory; recover: --micro-batch-size)"
         leave(2, f"error: Out of memory: {first_line(error).rstrip('.')}. {remedy}.")
     sys.exit(code if isinstance(code, int) else 0)

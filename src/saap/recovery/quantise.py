@@ -1,18 +1,26 @@
-"""Group-wise quantisation: codes, scales and zero points by search."""
+"""Group-wise quantisation: codes, scales and zero points by search, or with error feedback (GPTQ)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saap.core.errors import GroupSizeError, ModelError, listed
-from saap.models.checkpoint.groupwise import VALUES_AT_ONCE, GroupwiseWeight, pack
+from saap.models.checkpoint.groupwise import VALUES_AT_ONCE, GroupwiseWeight, linears_inside, pack, pack_linear
+from saap.models.loading.precision import in_float64
+from saap.models.structure.linear import weight_out_in
+from saap.models.walk.observer import capture
+from saap.models.walk.spill import PackedTensors
+from saap.models.walk.walk import embed, run_block
+from saap.models.walk.walker import BlockWalker
 from saap.settings.recover import LEGAL_GROUP_SIZES
 
 GRID_FITS = 2
 """Least-squares fits of scale and zero point after each initial choice of codes."""
+DAMPING = 0.01
+"""Added to the Gram matrix of the error feedback, as a share of its mean diagonal (GPTQ's value)."""
 
 
 def check_group_sizes(inputs: Mapping[str, int], group_size: int) -> None:
@@ -91,3 +99,76 @@ def _fit_grid(part: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     spread = centred.square().sum(-1).clamp_min(1e-12)
     scale = (((part - mean) * centred).sum(-1) / spread).half().float()
     return scale, (mean - scale.unsqueeze(-1) * code_mean).squeeze(-1)
+
+
+def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
+    """Quantise column by column; later columns compensate for the error of earlier ones (GPTQ).
+
+    weight: (out, in). gram: (in, in) sum of x x^T over calibration tokens. Minimises |(W - Q) X|^2 greedily; scale and
+    zero point of a group are chosen when its first column is reached.
+    Source: GPTQ (Frantar et al. 2022), with the Cholesky factor of the inverse Gram matrix.
+    """
+    check_group_sizes({"the matrix": weight.shape[1]}, group_size)
+    top = 2**bits - 1
+    work = weight.float().clone()
+    factor = _inverse_factor(gram)
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    scales, zeros = [], []
+    for start in range(0, work.shape[1], group_size):
+        stop = start + group_size
+        _, scale, zero = _best_grid(work[:, start:stop].unsqueeze(1), bits)
+        scales.append(scale)
+        zeros.append(zero)
+        errors = torch.empty(len(work), group_size, device=work.device)
+        for column in range(start, stop):
+            code = _codes(work[:, column : column + 1].unsqueeze(1), scale, zero, top).squeeze(1)
+            codes[:, column] = code.squeeze(1).to(torch.uint8)
+            error = (work[:, column : column + 1] - code * scale - zero) / factor[column, column]
+            work[:, column:stop] -= error * factor[column, column:stop]
+            errors[:, column - start] = error.squeeze(1)
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    grouped = codes.reshape(len(codes), -1, group_size)
+    return _finite_weight(pack(grouped, bits), torch.cat(scales, dim=1), torch.cat(zeros, dim=1), bits, group_size)
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Gram matrix, both float32."""
+    damped = in_float64(gram)
+    diagonal = damped.diagonal()
+    diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float().to(gram.device)
+
+
+@torch.no_grad()
+def quantise_by_feedback(
+    model: nn.Module,
+    blocks: Sequence[str],
+    samples: Sequence[Tensor],
+    *,
+    group_size: int,
+    bits: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Quantise a loaded model with error feedback, in place and block by block.
+
+    samples: token ids, (1, length) each. The input of a block is the output of the quantised blocks before it.
+    """
+    walker = BlockWalker(model, blocks)
+    hidden, contexts = embed(walker, samples, PackedTensors)
+    for layer, block in enumerate(blocks):
+        sizes = linears_inside(model, [block])
+        grams = {path: torch.zeros(size, size, device=hidden[0].device) for path, size in sizes.items()}
+        for one, context in zip(hidden, contexts, strict=True):
+            with capture(model, list(sizes)) as seen:
+                walker.run_block(layer, one, context)
+            for path, call in seen.items():
+                flat = call.input.reshape(-1, call.input.shape[-1]).float()
+                grams[path].addmm_(flat.T, flat)
+        for path, gram in grams.items():  # zero for a layer that no token reaches
+            stored = weight_out_in(model.get_submodule(path))
+            weight = quantise_with_feedback(stored, gram, group_size=group_size, bits=bits)
+            pack_linear(model, path, weight, gram.device)
+        hidden = run_block(walker, layer, hidden, contexts, PackedTensors)
+        progress(layer + 1, len(blocks))

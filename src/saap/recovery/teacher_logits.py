@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from saap.core.errors import NonFiniteLossError, StaleInputError
 from saap.core.records import digest_of
 from saap.data.training import Example, TrainingData
 from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
-from saap.models.walk.loss import LOGITS_AT_ONCE, TopPredictions
+from saap.models.walk.loss import LOGITS_AT_ONCE, TopPredictions, log_probabilities
 from saap.models.walk.walker import BlockWalker
 
 TOKENS, LOG_Q, TARGETS = "tokens", "log_probabilities", "target_log_probabilities"
@@ -44,10 +44,13 @@ class TeacherLogits:
         """Bytes of its file, without the header."""
         return (len(example.tokens) - 1) * (2 * self.top_k + 1) * BYTES
 
-    def missing(self, examples: Iterable[Example]) -> list[Example]:
-        """The sequences without a file, or with a truncated one, each once."""
-        found = {self.file(one): one for one in examples}
-        return [one for path, one in found.items() if not path.is_file() or path.stat().st_size < self.size(one)]
+    def missing(self, examples: Sequence[Example]) -> list[int]:
+        """Places of the sequences without a file, or with a truncated one, each once."""
+        found = {self.file(one): place for place, one in enumerate(examples)}
+        return [
+            place for path, place in found.items()
+            if not path.is_file() or path.stat().st_size < self.size(examples[place])
+        ]  # fmt: skip
 
     @torch.no_grad()
     def add(self, teacher: BlockWalker, example: Example) -> None:
@@ -55,18 +58,18 @@ class TeacherLogits:
         ids = torch.from_numpy(example.tokens).to(next(teacher.model.parameters()).device)
         rows = teacher.run_blocks(teacher.start(ids[None]))[0, :-1]
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        at_once = 16
+        start, at_once = 0, 16
         with teacher.rounded_head(rows.device):
-            while (start := sum(len(one) for _, one, _ in found)) < len(rows):
-                # sequences of one token: a single one of them all could be longer than the model reads
-                log_q = teacher.logits(rows[start : start + at_once, None])[:, 0].log_softmax(-1, dtype=torch.float32)
+            while start < len(rows):
+                log_q = log_probabilities(teacher, rows[start : start + at_once])
                 following = ids[start + 1 : start + 1 + len(log_q), None].to(log_q.device)
                 most, tokens = log_q.topk(self.top_k)
                 found.append((tokens.int(), most, log_q.gather(-1, following)[:, 0]))
-                at_once = max(1, LOGITS_AT_ONCE // log_q.shape[-1])
-        columns = dict(zip((TOKENS, LOG_Q, TARGETS), map(torch.cat, zip(*found, strict=True)), strict=True))
-        if not (columns[LOG_Q].isfinite().all() and columns[TARGETS].isfinite().all()):
+                start, at_once = start + len(log_q), max(1, LOGITS_AT_ONCE // log_q.shape[-1])
+        tokens, most, targets = (torch.cat(column) for column in zip(*found, strict=True))
+        if not (most.isfinite().all() and targets.isfinite().all()):
             raise NonFiniteLossError("The teacher's predictions are not finite", "Check --dense")
+        columns = {TOKENS: tokens, LOG_Q: most, TARGETS: targets}
         entries = {name: TensorEntry.of(tensor) for name, tensor in columns.items()}
         write_tensors(self.file(example), entries, {"format": "pt"})
 

@@ -111,9 +111,7 @@ def learned_losses(
             if isinstance(teacher, TopPredictions):
                 log_q = teacher.at(samples[part], places[part])
             elif teacher is not None:
-                with torch.no_grad():
-                    logits = teacher[0].logits(teacher[1][samples[part], places[part]].unsqueeze(1))[:, 0]
-                log_q = logits.log_softmax(-1, dtype=torch.float32)
+                log_q = log_probabilities(teacher[0], teacher[1][samples[part], places[part]])
             values, found, vocabulary = _losses_and_gradient(
                 walker, rows[part], targets[part], predictions, log_q=log_q, weight=weight,
                 with_gradient=torch.is_grad_enabled(),
@@ -122,6 +120,13 @@ def learned_losses(
             gradient[samples[part], places[part]] = found
             start, at_once = part.stop, max(1, LOGITS_AT_ONCE // vocabulary)
     return losses, gradient
+
+
+@torch.no_grad()
+def log_probabilities(walker: BlockWalker, hidden: Tensor) -> Tensor:
+    """Of the next token, (positions, vocabulary) float32. hidden: (positions, width) output of the last block."""
+    # sequences of one token: a single one of them all could be longer than the model reads
+    return walker.logits(hidden.unsqueeze(1))[:, 0].log_softmax(-1, dtype=torch.float32)
 
 
 def _losses_and_gradient(

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from saap.core.errors import ModelError, OutputError, first_line
+from saap.core.errors import ExportError, ModelError, OutputError, first_line
 from saap.export.model_card import load_lines, mlx_line, opens_only_in_mlx
-from saap.export.packages import check_packages
 from saap.export.placing import check_file, check_output
 from saap.export.source import Exported, open_source
+from saap.models.loading.llama_cpp import llama_cpp_is_installed
 from saap.models.loading.references import read_config, resolve_model
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.settings.export import ExportRequest, GgufType
@@ -22,6 +22,20 @@ if TYPE_CHECKING:
     from saap.export.gguf.result import GgufExport
 
 _NOT_UPLOADED = [".*", "*/.*", "*.part", "*__pycache__*"]
+
+
+def check_packages(request: ExportRequest) -> None:
+    """Raise ConfigurationError or ExportError if a package that the export needs is not installed."""
+    request.format.check()
+    by_llama_cpp = request.quantization.made_by_llama_cpp
+    opened = request.format is ExportFormat.GGUF and (request.verify or by_llama_cpp)
+    if opened and not llama_cpp_is_installed():
+        needs, flags = "Checking the file", "--no-verify"
+        if by_llama_cpp:
+            needs, flags = f"The type {request.quantization}", "--quantization q8_0 --no-verify"
+        raise ExportError(
+            f"{needs} needs the package llama-cpp-py-sync", f"Run pip install 'saap[gguf]', or use {flags}"
+        )
 
 
 def export_model(

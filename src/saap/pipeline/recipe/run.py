@@ -17,14 +17,13 @@ from saap.core.records import ModelRef, digest_of
 from saap.data.texts import check_source
 from saap.discovery import discover
 from saap.discovery.blocks import find_blocks
-from saap.export.packages import check_packages
 from saap.export.placing import check_place
 from saap.models.checkpoint.groupwise import linears_inside
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.pipeline.evaluate.run import check_request, evaluate_model, write_report
-from saap.pipeline.export.run import export_model
+from saap.pipeline.export.run import check_packages, export_model
 from saap.pipeline.prune.baselines import check_method, for_method, require_own_roles
 from saap.pipeline.prune.planning import trial_plan
 from saap.pipeline.prune.run import reachable_targets, run_prune

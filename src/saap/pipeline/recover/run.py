@@ -41,13 +41,14 @@ from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.verify import check_written, few_logits
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
-from saap.recovery.quantise import check_group_sizes, quantise
+from saap.recovery.quantise import check_group_sizes, quantise, quantise_by_feedback
 from saap.recovery.sharding import check_shardable, shard_layers
 from saap.recovery.teacher_logits import TeacherLogits
 from saap.recovery.train import STATE, Report, Trainer
 from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig, Tuning
 
+FEEDBACK_SAMPLES = 16
 # Tolerance of logits for rounding to 16 bits, relative to the largest one.
 TOLERANCE = 0.1
 
@@ -165,9 +166,17 @@ def check_layers(run: Recovery) -> None:
 
 
 def _quantised_model(run: Recovery) -> Any:
-    sizes = {"group_size": run.config.group_size, "bits": run.config.bits}
-    fitting = partial(_fitting, run.config)
-    return load_groupwise(run.resolved, fitting, lambda _, read: quantise(read(), **sizes), device=run.device)
+    config = run.config
+    sizes = {"group_size": config.group_size, "bits": config.bits}
+    if not config.error_feedback:
+        return load_groupwise(
+            run.resolved, partial(_fitting, config), lambda path, read: quantise(read(), **sizes), device=run.device
+        )
+    model = load_model(run.resolved, device=run.device)
+    _fitting(config, model)
+    samples = [torch.from_numpy(one.tokens).to(run.device)[None] for one in run.data.train[:FEEDBACK_SAMPLES]]
+    quantise_by_feedback(model, find_blocks(model), samples, **sizes, progress=run.meter.reporter.advance)
+    return model
 
 
 def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:

@@ -118,11 +118,11 @@ def missing_sequences(run: Recovery, logits: TeacherLogits) -> list[Example]:
     read = read_by(run.data, batch=config.batch, steps=config.max_steps, tokens=config.max_tokens)
 
     def missing() -> list[int]:
-        places = {id(one): place for place, one in enumerate(read)}
         found = logits.missing(read)
         if found:
-            check_place(logits.folder / "*.safetensors", sum(map(logits.size, found)), LOGITS_FLAG)
-        return [places[id(one)] for one in found]
+            needed = sum(logits.size(read[place]) for place in found)
+            check_place(logits.folder / "*.safetensors", needed, LOGITS_FLAG)
+        return found
 
     return [read[place] for place in run.processes.broadcast_result(missing)]
 
