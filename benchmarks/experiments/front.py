@@ -26,7 +26,7 @@ NAMES = {
 OURS_RUNS = ("default", "fast")
 BASELINE = {"llm-pruner": comparison.CUT, "llm-pruner-restored": comparison.RESTORED}
 """Runs of `models` with a baseline, and their states in the comparison."""
-STATES = {comparison.CUT: "as published", comparison.RESTORED: "with our reconstruction"}
+STATES = {comparison.CUT: "cut only", comparison.RESTORED: "with our reconstruction"}
 RECORDING = ROOT / "docs" / "front" / "terminal.cast.gz"
 """Of the animation, made by `make animation`."""
 ENDING = re.compile(r"took (\d+) s, at most ([\d.]+) GB of memory")
@@ -214,7 +214,7 @@ def _legend() -> list[Any]:
     from matplotlib.lines import Line2D
 
     methods = [Line2D([], [], label=name, **_look(index, True)) for index, name in enumerate(METHODS.values())]
-    states = {"with our reconstruction": True, "as published (ours: cut only)": False}
+    states = {"with our reconstruction": True, "cut only": False}
     methods.append(Line2D([], [], linestyle="", label=" "))  # so that the states have a column of their own
     for label, filled in states.items():
         look = {**_look(0, filled), "color": GREY, "linewidth": 1.2, "markerfacecolor": GREY if filled else "none"}
