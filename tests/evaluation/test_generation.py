@@ -14,6 +14,7 @@ from saap.evaluation.chat import chat_perplexity
 from saap.evaluation.generation import (
     Prompt,
     Written,
+    check_prompts,
     cloze,
     continuation,
     generation_figures,
@@ -117,6 +118,15 @@ def test_cloze_counts_the_answers_that_the_model_would_give() -> None:
                 for t in (tokenizer(f" {right}")["input_ids"], tokenizer(" zz")["input_ids"])]  # fmt: skip
     assert list(found.correct) == expected
     assert cloze(Counting(), tokenizer, prompts[2:]) is None
+
+
+def test_a_prompt_without_tokens_and_logits_that_are_not_finite_are_one_sentence() -> None:
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    with pytest.raises(EvaluationError, match="no tokens"):
+        check_prompts(model, tokenizer, [Prompt(prompt="")], 8)
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(EvaluationError, match="not finite"):
+        write(model, tokenizer, ["The house"], tokens=4, sampled=True)
 
 
 def test_bundled_prompts_are_open_ones_and_facts() -> None:

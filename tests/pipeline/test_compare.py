@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from tests.pipeline import tiny
+from tests.reporting.comparison import comparison
 
+from saap.baselines.baseline import Measurements
 from saap.cli import app as cli
 from saap.core.errors import CalibrationError, ConfigurationError, OutputError, StaleInputError, TargetError
 from saap.core.evaluation_records import Comparison
+from saap.discovery import discover
+from saap.models.walk.backend import Backend
 from saap.pipeline.compare import run
+from saap.pipeline.prune.baselines import baseline_of
 from saap.pipeline.shared.inputs import RunOptions
 from saap.reporting.comparison_tables import comparison_table
 from saap.reporting.tables import write_table
@@ -224,6 +230,24 @@ def test_a_ratio_that_one_method_cannot_reach_is_refused_first(source, tmp_path)
     with pytest.raises(TargetError, match="cannot be removed"):
         compare(source, request_for(tmp_path, config=config), RunOptions(device="cpu"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_methods_of_other_seeds_stay_at_a_ratio() -> None:
+    rows = [
+        {**comparison()["rows"][0], "method": method, "seed": seed} for method, seed in (("a", 0), ("c", 1), ("a", 1))
+    ]
+    found = Comparison.model_validate({**comparison(), "rows": rows}).at_ratio(0.1)
+    assert [(row.method, row.seed) for row in found] == [("a", 0), ("c", 1)]
+
+
+def test_measurements_that_no_method_needs_any_more_are_forgotten() -> None:
+    made = Measurements(Backend(tiny.model(), discover(tiny.model())), torch.arange(2, 22)[None])
+    flap, magnitude = baseline_of(Method.FLAP), baseline_of(Method.MAGNITUDE)
+    first = made.of(flap)
+    made.keep_only([flap, magnitude])
+    assert made.of(flap) is first
+    made.keep_only([magnitude])
+    assert made.of(flap) is not first
 
 
 def test_the_command(source, tmp_path, capsys, monkeypatch) -> None:

@@ -58,6 +58,31 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(TOKENS).logits.float()
 
 
+def test_a_head_of_its_own_is_kept_though_the_configuration_ties_it(dense: Path, text: Path, tmp_path: Path) -> None:
+    model = load_model(resolve_model(dense), device=torch.device("cpu"))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.flip(0).clone())
+    model.config.tie_word_embeddings = False
+    folder = tmp_path / "own"
+    model.save_pretrained(folder)
+    shutil.copytree(
+        dense, folder, ignore=lambda at, names: [one for one in names if "token" not in one], dirs_exist_ok=True
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ModelError, match="its output head is its own"):
+        open_skeleton(resolve_model(folder), torch.float32)
+    saap.recover(folder, data=[text], out=tmp_path / "tuned", distillation=0, bits=8, learning_rate=1e-9, **QUICK)
+    tuned = saap.load(tmp_path / "tuned")
+    assert tuned.config.tie_word_embeddings is False
+    assert torch.allclose(logits(tuned), logits(model), atol=0.1)
+
+
+def test_an_instruction_without_an_input_may_say_null(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "Say hi", "input": null, "output": "hi"}\n' * 4)
+    assert len(training_data([file], byte_tokenizer(), length=64, held_out=1, seed=0).train) == 3
+
+
 @pytest.mark.parametrize("tuning", ["groupwise", "full"])
 def test_a_dry_run_forecasts_costs_and_gain(
     dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tuning: str

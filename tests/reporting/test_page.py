@@ -90,7 +90,7 @@ def check_in_browser(page: Path, folder: Path, charts: int) -> None:
 def test_a_model_page(model_folder, evaluation, tmp_path) -> None:
     page, out = model_page(model_folder, evaluation, tmp_path)
     assert [section.name for section in page.sections] == [
-        "structure", "kinds", "importance", "ratios", "perplexity", "tasks", "answers", "speed", "answer", "stages",
+        "kinds", "structure", "importance", "ratios", "perplexity", "tasks", "answers", "speed", "answer", "stages",
         "environment",
     ]  # fmt: skip
     names = [figure.name for figure in page.figures]
@@ -111,6 +111,42 @@ def model_page(folder: Path, evaluation: Path, at: Path) -> tuple[Page, Path]:
     return page, at / "page.html"
 
 
+def test_the_page_of_a_tuned_folder_has_the_figures_after_the_tuning(model_folder, tmp_path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "tuned")
+    file = folder / "saap" / "manifest.json"
+    content = json.loads(file.read_text())
+    record = recovery_record() | {
+        "perplexity": {"dense": 20.0, "before": 70.0, "recovered": 37.0},
+        "command": ["recover", "small/", "-o", "tuned/"],
+        "stages": [{"name": "train", "seconds": 5000.0, "peak_resident_bytes": 10**9}],
+    }  # fmt: skip
+    file.write_text(json.dumps(content | {"recovery": record}))
+    page = build_page(folder, [])
+    assert dict(map(reversed, page.tiles))["the dense model's perplexity"] == "1.85 x"
+    assert "from 20.0 to 37.0" in page.summary
+    assert "Then it was tuned" in page.summary
+    sections = {section.name: section for section in page.sections}
+    assert sections["kinds"].title.endswith(", before the recovery")
+    assert "train" in {row[0] for _, (_, rows) in sections["stages"].tables for row in rows}
+    assert "saap recover small/ -o tuned/" in sections["environment"].code
+    unpruned = dict.fromkeys(("before", "after"), content["parameters"]["before"])
+    file.write_text(json.dumps(content | {"recovery": record, "parameters": unpruned}))
+    (folder / "saap" / "plan.json").unlink()
+    page = build_page(folder, [])
+    assert "tuned by saap" in page.title
+    assert " was tuned." in page.summary
+
+
+def test_measurements_of_one_model_in_other_windows_have_rows_of_their_own(model_folder, tmp_path) -> None:
+    files = []
+    for value in (10.0, 9.0, 9.0):
+        files.append(tmp_path / f"{len(files)}.json")
+        files[-1].write_text(json.dumps({"model": "small/", "perplexity": {"text": {"value": value}}, "tasks": {}}))
+    page = build_page(model_folder, files)
+    table = next(section for section in page.sections if section.name == "perplexity").tables[0][1][1]
+    assert table == [["small", "10.00"], ["small-2", "9.00"]]
+
+
 @needs_browser
 def test_a_model_page_in_a_browser(model_folder, evaluation, tmp_path) -> None:
     page, out = model_page(model_folder, evaluation, tmp_path)
@@ -120,7 +156,7 @@ def test_a_model_page_in_a_browser(model_folder, evaluation, tmp_path) -> None:
 def test_a_comparison_page(tmp_path) -> None:
     page = build_page(comparison_folder(tmp_path))
     assert "3 methods" in page.summary
-    assert "saap stays nearest with 1.40 times its perplexity" in page.summary
+    assert "saap stays nearest with 1.45 times its perplexity" in page.summary
     names = [figure.name for figure in page.figures]
     assert names == ["ratio-cut-text-txt", "ratio-restored-text-txt", "gain-text-txt", "kept-0-1", "kept-0-2",
                      "speed-by-ratio", "cost"]  # fmt: skip

@@ -1,6 +1,6 @@
 """Definition of a baseline, its measurements on the dense model, and the weights of its units."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,11 @@ class Measurements:
         if baseline.measure not in self._made:
             self._made[baseline.measure] = baseline.measure(self.backend, self.tokens)
         return self._made[baseline.measure]
+
+    def keep_only(self, baselines: Collection[Baseline]) -> None:
+        """Forget what none of these baselines reads."""
+        for measure in self._made.keys() - {one.measure for one in baselines}:
+            del self._made[measure]
 
     def scores(self, baseline: Baseline) -> Scores:
         """The baseline's scores, by group."""

@@ -84,7 +84,7 @@ def main() -> None:
         leave(2, f"error: {error.format_message().rstrip('.')}. See `{command} --help`.")
     except (KeyboardInterrupt, click.Abort):
         resumes = not RESUMABLE.isdisjoint(sys.argv[1:2])
-        kept = ": finished stages are kept; the same command resumes from there." if resumes else "."
+        kept = ": finished stages, if any, are kept; the same command resumes from there." if resumes else "."
         leave(130, f"interrupted{kept}")
     except OSError as error:
         if error.filename is None:

@@ -45,7 +45,7 @@ def export(
     from saap.cli.show.output import make_reporter, show
     from saap.pipeline.export.run import export_model, opening_lines, push
 
-    if target.push is not None and (given := request.flags_given()):
+    if target.push is not None and (given := request.flags_given() + options.flags_given("overwrite", "revision")):
         raise ConfigurationError(
             f"--push uploads the folder MODEL unchanged, without {' and '.join(given)}",
             "Write with -o first, then --push the folder",

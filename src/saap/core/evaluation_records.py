@@ -257,9 +257,12 @@ class Comparison(_Record):
     command: tuple[str, ...] = ()
 
     def at_ratio(self, ratio: float) -> list[ComparisonRow]:
-        """The rows of one pruning ratio; only those of the first seed if there are several."""
-        rows = [row for row in self.rows if row.ratio == ratio]
-        return [row for row in rows if row.seed == rows[0].seed]
+        """The rows of one pruning ratio; of each method only that of its first seed."""
+        found: dict[tuple[str, bool], ComparisonRow] = {}
+        for row in self.rows:
+            if row.ratio == ratio:
+                found.setdefault((row.method, row.restored), row)
+        return list(found.values())
 
     @property
     def ratios(self) -> list[float]:

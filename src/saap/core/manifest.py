@@ -202,10 +202,9 @@ class RunManifest(Strict):
     """Everything needed to understand and reproduce a pruned model.
 
     command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
-    digests: of graph, calibration, scores and plan, and, in adaptive folders, of the code that opens them. bytes: of
-    the weights in `dtype`, dense and pruned alike. answers: greedy answers to a short prompt. speed: if a speed-up was
-    requested. kinds: perplexity on each kind of text. recovery: if the model was tuned afterwards. opened: in other
-    programs, if that was requested.
+    digests: of graph, calibration, scores and plan. bytes: of the weights in `dtype`, dense and pruned alike. answers:
+    greedy answers to a short prompt. speed: if a speed-up was requested. kinds: perplexity on each kind of text.
+    recovery: if the model was tuned afterwards. opened: in other programs, if that was requested.
     """
 
     format_version: Literal[1] = 1
@@ -229,6 +228,22 @@ class RunManifest(Strict):
     recovery: RecoveryRecord | None = None
     opened: tuple[Opening, ...] = ()
     vocabulary: VocabularyRecord | None = None
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the model has lost anything, and was not only tuned."""
+        return self.parameters.after < self.parameters.before or self.recovery is None
+
+    @property
+    def latest_perplexity(self) -> PerplexityChange | None:
+        """Of the dense model and the written one; None if a tuned one was not compared with it."""
+        tuned = self.recovery
+        if tuned is None:
+            return self.perplexity
+        before, after = (tuned.perplexity.get(state) for state in ("dense", "recovered"))
+        if before is None or after is None:
+            return None
+        return PerplexityChange(text=tuned.evaluation, tokens=tuned.evaluation_tokens, before=before, after=after)
 
 
 def read_manifest(folder: Path) -> RunManifest | None:

@@ -270,7 +270,8 @@ class ModelGraph(Digested):
 
     def in_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The given tensors that are inside decoder blocks."""
-        return {name: shape for name, shape in shapes.items() if self.block_of(name) >= 0}
+        inside = tuple(f"{path}." for path in self.blocks)
+        return {name: shape for name, shape in shapes.items() if name.startswith(inside)}
 
     @property
     def parameters(self) -> int:

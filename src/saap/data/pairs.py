@@ -16,7 +16,7 @@ from saap.data.texts import has_rows, is_file, read_rows
 from saap.data.windows import SampleRequest, share_rows
 
 MOST_PAIRS = 1024
-"""Limit on the pairs that are read at once, to save memory."""
+"""Limit on the pairs whose images are read."""
 
 
 Pair = tuple[str, Path, str]

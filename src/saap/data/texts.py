@@ -85,7 +85,7 @@ def read_documents(
         documents = _download(name, DATA_SETS[name], purpose)
     elif is_file(source):
         path = Path(source)
-        documents = _rows_to_documents(path, tokenizer) if ".jsonl" in path.suffixes else (_file_text(path),)
+        documents = _rows_to_documents(path, tokenizer) if has_rows(path) else (_file_text(path),)
     else:
         raise _unknown(name)
     if not any(document.strip() for document in documents):

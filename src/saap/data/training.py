@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,13 @@ class TrainingData:
         """
         count = len(self.train)
         places = range(step * batch, (step + 1) * batch)
-        orders = {
-            epoch: np.random.default_rng([self.seed, epoch]).permutation(count)
-            for epoch in {place // count for place in places}
-        }
-        return [int(orders[place // count][place % count]) for place in places]
+        return [int(_order(self.seed, place // count, count)[place % count]) for place in places]
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> IntArray:
+    """The order of the examples in an epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def training_data(
@@ -144,7 +147,7 @@ def _pieces(place: str, row: dict[str, Any], tokenizer: Any) -> list[tuple[str, 
     """The conversation as text, cut where an answer begins or ends: (text, whether it is an answer)."""
     messages = row.get("messages")
     if not isinstance(messages, list):
-        given = [row.get(name, "") for name in ("instruction", "input", "output")]
+        given = [row.get(name) or "" for name in ("instruction", "input", "output")]
         if not given[0] or not all(isinstance(text, str) for text in given):
             raise TrainingDataError(
                 f"{place} has neither `messages` nor the strings `instruction` and `output`",

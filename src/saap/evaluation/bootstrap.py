@@ -40,7 +40,7 @@ def kept_share(dense: Answers, pruned: Answers, chance: Sequence[float], *, than
     generator = np.random.default_rng(0)
     above = np.zeros((3, 1 + DRAWS))  # of all questions, then of each draw
     for *answered, guess in zip(*models, chance, strict=True):
-        answers = np.array(answered, dtype=float)
+        answers = np.array(answered, dtype=np.int8)
         index = generator.integers(0, answers.shape[1], (DRAWS, answers.shape[1]))
         above[: len(models), 0] += answers.mean(1) - guess
         above[: len(models), 1:] += answers[:, index].mean(2) - guess

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from itertools import takewhile
@@ -96,13 +97,29 @@ def message_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, chat: 
 
 
 def check_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], tokens: int) -> None:
-    """Check that the model can process the longest prompt and its continuation. Raises UnsupportedModelError."""
+    """Check that the model can process each prompt and its continuation.
+
+    Raises EvaluationError for an empty prompt, UnsupportedModelError for one that is too long.
+    """
+    if any(not prompt_ids(tokenizer, one.prompt, chat=one.answer is None) for one in prompts):
+        raise EvaluationError("a prompt has no tokens", "Give prompts that are not empty")
     lengths = [
         len(prompt_ids(tokenizer, one.prompt, chat=one.answer is None))
         + (tokens if one.answer is None else len(_answer_ids(tokenizer, one.answer)))
         for one in prompts
     ]
     check_reads(model, max(lengths, default=0), "Use fewer --max-new-tokens or shorter prompts")
+
+
+@contextmanager
+def _finite_logits() -> Iterator[None]:
+    """Raise EvaluationError where sampling fails as logits are not finite."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise EvaluationError("the model's logits are not finite", "Use --dtype float32") from None
 
 
 @torch.no_grad()
@@ -125,7 +142,7 @@ def write(
         ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
         if sampled:
             torch.manual_seed(seed + index)
-        with plain_generation(model, ends):
+        with plain_generation(model, ends), _finite_logits():
             made = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=padding,
                 do_sample=sampled, **sampling,

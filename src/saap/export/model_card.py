@@ -37,6 +37,11 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", one_line.replace("&", "&amp;").replace("<", "&lt;"))
 
 
+def name_of(source: str) -> str:
+    """Last part of a hub id, or of a path, which may be `.`."""
+    return Path(source).name or Path(source).resolve().name
+
+
 def licence_of(folder: Path) -> str | None:
     """The licence in the model card of `folder`, None if there is no card or it has no licence."""
     try:
@@ -56,7 +61,6 @@ def model_card(
     the hub for the program that opens it. own_code: whether a stock folder needs code of its own all the same.
     """
     base, opener = manifest.base, auto_class(base_model_type).__name__
-    is_pruned = manifest.parameters.after < manifest.parameters.before or manifest.recovery is None
     # show a whole hub id, but only the last part of a path, which is private
     named_by_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base.source) is not None and not Path(base.source).exists()
     data = ModelCardData(
@@ -64,16 +68,16 @@ def model_card(
         library_name=library,
         pipeline_tag=_TASKS.get(opener, "text-generation"),
         license=base.licence,
-        tags=["saap", *(["pruned", "structured-pruning", manifest.layout.value] if is_pruned else [])],
+        tags=["saap", *(["pruned", "structured-pruning", manifest.layout.value] if manifest.is_pruned else [])],
     )
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"plain": escape, "bits": lambda value: "" if value is None else f"{value:.3f}"}
     template = (resources.files("saap.export") / "model_card.md.jinja").read_text(encoding="utf-8")
-    name = Path(base.source).name
+    name = name_of(base.source)
     return environment.from_string(template).render(
         manifest=manifest, front_matter=data.to_yaml(), name=name, full_name=base.source if named_by_id else name,
         base_model_type=base_model_type, auto_class=opener, loading=loading, refused_by_vllm=refused_by_vllm,
-        pruned=is_pruned, option=CODE_OPTION if own_code else "",
+        pruned=manifest.is_pruned, option=CODE_OPTION if own_code else "",
         tokenizer_option=tokenizer_option(folder, with_code=own_code or manifest.layout is Layout.ADAPTIVE),
         data=", ".join(Path(text).name for text in manifest.recovery.data) if manifest.recovery else "",
         ways_of_tuning=_TUNINGS,

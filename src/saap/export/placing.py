@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from saap.core.errors import ModelError, OutputError
@@ -31,6 +31,15 @@ def check_place(out: Path, needed_bytes: int, flag: str = "--out") -> None:
             f"{out} needs {needed / 1e6:,.0f} MB, but {parent} has {free / 1e6:,.0f} MB free",
             f"Free some space, or choose another {flag}",
         )
+
+
+def check_source_stays(source: str | Path, out: Path) -> None:
+    """Raise OutputError for an output that would replace the model that is read."""
+    read = Path(source)
+    with suppress(RuntimeError):  # an unknown user
+        read = read.expanduser()
+    if read.exists() and read.resolve().is_relative_to(out.resolve()):
+        raise OutputError(f"The output {out} would replace the model {source}", "Choose another --out")
 
 
 def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
@@ -70,12 +79,14 @@ def check_records(folder: Path, *, overwrite: bool) -> None:
 
 def place_file(file: Path, out: Path) -> None:
     """Move a finished file to `out` atomically. Raises OutputError if that fails."""
+    part = part_of(out)
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        part = part_of(out)
         shutil.move(file, part)
         part.replace(out)
     except OSError as error:
+        if file.exists():  # the part is an incomplete copy on another disk
+            part.unlink(missing_ok=True)
         raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
 
 

@@ -55,11 +55,6 @@ class ExportSource:
     manifest: RunManifest | None = None
     loaded: Any | None = None
 
-    @property
-    def model_type(self) -> str:
-        """The transformers model type of the dense model."""
-        return str(getattr(self.config, "base_model_type", None) or self.config.model_type)
-
     def model(self) -> Any:
         """The whole model in float32, on the CPU."""
         return self.loaded or load_model(self.resolved, device=torch.device("cpu"), dtype=torch.float32)

@@ -29,7 +29,7 @@ def continued(
 ) -> list[Example]:
     """The examples with another end: what the model writes after their beginnings, sampled at temperature 1.
 
-    A beginning is the prompt of a conversation, or 32 tokens of a text, of short sequences half. What is written ends
+    A beginning is the prompt of a conversation, or 32 tokens of a text, at most half of `length`. What is written ends
     with the first of the end-of-text tokens `ends`; the teacher has a target for all of it. length: tokens of a
     sequence at most. Examples whose beginning takes more than half of it, or all of the example, stay as they are.
     Source: on-policy distillation of Agarwal et al. 2024 (GKD), with all sequences written by the model.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from saap.core.evaluation_records import Comparison, EvalReport
 from saap.reporting import comparison_figures as drawn
-from saap.reporting.comparison_tables import comparison_table, ratio_table, task_table
+from saap.reporting.comparison_tables import comparison_table, merged_over_seeds, ratio_table, task_table
 from saap.reporting.figures import Figure, words
 from saap.reporting.page import Page, Section
 from saap.reporting.sections import environment_section, evaluation_sections
@@ -19,8 +20,9 @@ def comparison_page(comparison: Comparison, reports: Sequence[EvalReport]) -> Pa
     first = next(iter(dense.perplexity))
     best = []
     for restored, how in ((False, "cut only"), (True, "with reconstruction for all")):
-        rows = [row for row in comparison.rows if row.ratio == ratio and row.restored is restored]
-        values = [(value, row.method) for row in rows if (value := row.ratios[first])]
+        rows = [row for row in comparison.rows if row.ratio == ratio and row.restored is restored and row.ratios[first]]
+        same = merged_over_seeds(rows)
+        values = [(fmean(row.ratios[first] or 0 for row in one), method) for (method, *_), one in same.items()]
         best += [(how, *min(values))] if values else []
     count = len(comparison.methods)
     said = {"methods": count, "model": comparison.model, "text": short(first), "ratio": ratio, "best": best}

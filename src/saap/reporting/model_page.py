@@ -31,32 +31,44 @@ def model_page(
 
     Raises PlanError, StaleInputError or EvaluationError for a damaged folder.
     """
-    plan_file, scores_file = (folder / "saap" / name for name in ("plan.json", "scores.safetensors"))
+    sections = [
+        *([_kinds_section(manifest)] if manifest.kinds else []),
+        *([] if manifest.vocabulary is None else [_vocabulary_section(manifest.vocabulary, manifest.kinds)]),
+        *(_plan_sections(folder / "saap", manifest) if manifest.is_pruned else []),
+        *([] if comparison is None else [ratio_section(comparison)]),
+        *evaluation_sections(reports),
+        *_recovery_sections(manifest),
+        _stages_section(_stages(manifest)),
+        environment_section(manifest, reports),
+    ]
+    title = f"{folder.resolve().name}, {'pruned' if manifest.is_pruned else 'tuned'} by saap"
+    return Page(title=title, summary=words("model_summary", m=manifest), tiles=_tiles(manifest), sections=sections)
+
+
+def _plan_sections(records: Path, manifest: RunManifest) -> list[Section]:
+    """What is kept, by which scores, and how that was found. records: folder of the plan."""
+    plan_file, scores_file = records / "plan.json", records / "scores.safetensors"
     plan = read_plan(plan_file)
     groups = plan_groups(plan, plan_file)
     scope = manifest.settings.get("fusion_scope", FusionScope.LAYER_ROLE)
     modules = read_modules(scores_file, groups, scope) if scores_file.is_file() else []
     measured = [(entry.name, entry.loss) for entry in plan.trail if entry.loss is not None]
-    sections = [
+    return [
         _structure_section([group for group in groups.values() if group.layer >= 0], plan.dropped_blocks),
-        *([_kinds_section(manifest.kinds)] if manifest.kinds else []),
-        *([] if manifest.vocabulary is None else [_vocabulary_section(manifest.vocabulary, manifest.kinds)]),
         *([_importance_section(modules)] if modules else []),
         *([_search_section(measured)] if measured else []),
-        *([] if comparison is None else [ratio_section(comparison)]),
-        *evaluation_sections(reports),
-        *_recovery_sections(manifest),
-        _stages_section(manifest.stages),
-        environment_section(manifest, reports),
     ]
-    title = f"{folder.name}, pruned by saap"
-    return Page(title=title, summary=words("model_summary", m=manifest), tiles=_tiles(manifest), sections=sections)
+
+
+def _stages(manifest: RunManifest) -> list[StageRecord]:
+    """Of the pruning, and of the recovery."""
+    return [*manifest.stages, *(() if manifest.recovery is None else manifest.recovery.stages)]
 
 
 def _tiles(manifest: RunManifest) -> list[tuple[str, str]]:
     unit, size = ("MB", 1e6) if manifest.bytes.after >= 10**7 else ("kB", 1e3)
-    seconds = sum(stage.seconds for stage in manifest.stages)
-    found = manifest.perplexity
+    seconds = sum(stage.seconds for stage in _stages(manifest))
+    found = manifest.latest_perplexity
     ratio = [] if found is None else [(f"{found.ratio:.2f} x", "the dense model's perplexity")]
     return [
         (f"{manifest.parameters.after:,}", f"parameters, of {manifest.parameters.before:,}"),
@@ -66,12 +78,13 @@ def _tiles(manifest: RunManifest) -> list[tuple[str, str]]:
     ]
 
 
-def _kinds_section(kinds: Sequence[KindChange]) -> Section:
-    """Perplexity before and after by kind of text."""
+def _kinds_section(manifest: RunManifest) -> Section:
+    """Perplexity of the dense and the pruned model by kind of text."""
+    kinds, before = manifest.kinds, "" if manifest.recovery is None else ", before the recovery"
     rows = [[one.text, *(f"{value:.2f}" for value in (one.before, one.after, one.ratio))] for one in kinds]
     table = ("Perplexity by kind of text", (["kind of text", "dense", "pruned", "ratio"], rows))
     return Section(
-        name="kinds", title="What is kept of each kind of text", paragraphs=[words("by_kind")],
+        name="kinds", title=f"What is kept of each kind of text{before}", paragraphs=[words("by_kind")],
         figures=[drawn.kinds(kinds)], tables=[table],
     )  # fmt: skip
 

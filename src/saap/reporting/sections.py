@@ -29,7 +29,10 @@ def evaluation_sections(reports: Sequence[EvalReport]) -> list[Section]:
     parts = [part for report in reports for part in (report.dense, report) if part is not None]
     perplexity: defaultdict[str, dict[str, Perplexity]] = defaultdict(dict)
     tasks: defaultdict[str, dict[str, TaskResult]] = defaultdict(dict)
-    for label, part in zip(_labels(parts), parts, strict=True):
+    for name, part in zip(_labels(parts), parts, strict=True):
+        label, count = name, 1
+        while _differs(perplexity[label], part.perplexity) or _differs(tasks[label], part.tasks):
+            label, count = f"{name}-{count + 1}", count + 1
         perplexity[label] |= part.perplexity
         tasks[label] |= part.tasks
     tested = {model: found for model, found in tasks.items() if found}
@@ -40,6 +43,11 @@ def evaluation_sections(reports: Sequence[EvalReport]) -> list[Section]:
         *(_generation_section(one) for one in generations if one.figures or one.samples.get("greedy")),
         *(_speed_section(report.speed) for report in reports if report.speed is not None),
     ]
+
+
+def _differs(known: Mapping[str, object], others: Mapping[str, object]) -> bool:
+    """Whether the same was measured with another outcome: in other windows, on fewer questions."""
+    return any(known.get(name, one) != one for name, one in others.items())
 
 
 def _labels(measured: Sequence[EvalReport | ModelSpeed]) -> list[str]:
@@ -120,7 +128,8 @@ def _speed_section(speed: SpeedReport) -> Section:
 
 def environment_section(made: Comparison | RunManifest, reports: Sequence[EvalReport]) -> Section:
     """Commands, settings and versions."""
-    commands = [made.command, *(report.command for report in reports)]
+    tuned = made.recovery if isinstance(made, RunManifest) else None
+    commands = [made.command, () if tuned is None else tuned.command, *(report.command for report in reports)]
     settings = [[name, _plain(value)] for name, value in made.settings.items() if value is not None]
     versions = [[name, version] for name, version in made.versions.items()]
     return Section(

@@ -47,7 +47,7 @@ def accuracy(result: TaskResult) -> str:
 
 def short(text: str) -> str:
     """The last part of a path, or an unchanged name."""
-    return text.rpartition("/")[2]
+    return text.rstrip("/").rpartition("/")[2]
 
 
 def names_apart(models: Sequence[tuple[str, str | None]]) -> list[str]:

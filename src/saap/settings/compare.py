@@ -80,6 +80,8 @@ class CompareRequest(Settings):
     def _check(self) -> Self:
         if PrunableRole.VOCABULARY in self.config.roles:
             raise ValueError("--roles vocabulary is not compared", "Leave vocabulary out")
+        if self.task_ratios and not self.evaluation.tasks:
+            raise ValueError("--task-ratios changes nothing without --tasks", "Add --tasks, or leave it out")
         return self
 
     def asks_tasks(self, ratio: float) -> bool:

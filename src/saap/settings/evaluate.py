@@ -104,6 +104,12 @@ class EvalRequest(Settings):
     def _check(self) -> Self:
         if self.stride is not None and self.stride > self.window:
             raise ValueError(f"--stride {self.stride} does not fit --window {self.window}", f"Give 1 to {self.window}")
+        for flag, measured, names in (
+            ("--perplexity", self.texts, ("stride", "max_tokens")),
+            ("--tasks", self.tasks, ("task_data", "limit", "rounded")),
+        ):
+            if not measured and (given := self.flags_given(*names)):
+                raise ValueError(f"nothing reads {' and '.join(given)} without {flag}", f"Add {flag}, or leave it out")
         return self
 
     @property

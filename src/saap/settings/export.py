@@ -77,6 +77,8 @@ class ExportRequest(Settings):
                 f"{' and '.join(given)} can only be given for GGUF files, not for {self.format}",
                 "Use --format gguf, or leave it out" if len(given) == 1 else "Use --format gguf, or leave them out",
             )
+        if not self.verify and self.flags_given("check_tokens"):
+            raise ValueError("--check-tokens changes nothing with --no-verify", "Leave out one of the two")
         if self.imatrix and "imatrix" in self.model_fields_set and not self.quantization.made_by_llama_cpp:
             kinds = ", ".join(kind for kind in GgufType if kind.made_by_llama_cpp)
             raise ValueError(

@@ -257,12 +257,16 @@ class PruneConfig(Settings):
         }  # fmt: skip
         fast, roles = self.target_speedup is not None, set(self.roles)
         untimed = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in roles]
+        unread = self.flags_given("skip_layers", "strategy")
         of_tokens = PrunableRole.VOCABULARY in roles or bool(self.languages)
         faults = (
             *vocabulary_faults(sizes, wanted=of_tokens, targets=given, others=roles != {PrunableRole.VOCABULARY}), (
                 len(given) > 1 or not (given or self.prunes_vocabulary),
                 f"{' and '.join(given)} were given together" if given else "no target was given",
                 f"Give exactly one of {', '.join(targets)}",
+            ), (
+                self.plan is not None and unread,
+                f"a given --plan is not changed by {' and '.join(unread)}", "Leave out one of the two",
             ), (
                 self.layout is Layout.UNIFORM and self.skip_layers not in (None, SkipLayers()),
                 "--skip-layers cannot be combined with --layout uniform, where all layers share their sizes",

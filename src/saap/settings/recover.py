@@ -157,6 +157,10 @@ class RecoverConfig(Settings):
                 "--teacher-logits cannot be combined with --on-policy, whose text is not known before",
                 "Leave out one of the two",
             ), (
+                self.flags_given("micro_batch") and self.micro_batch > self.batch,
+                f"--micro-batch-size {self.micro_batch} is more than --batch-size {self.batch}",
+                "Raise --batch-size, or leave it out",
+            ), (
                 self.teacher_logits is not None and self.max_steps is None and self.max_tokens is None,
                 "--teacher-logits needs a limit in tokens or steps", "Add --max-tokens or --max-steps",
             ),

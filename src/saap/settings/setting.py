@@ -259,7 +259,8 @@ def _said(fault: ErrorDetails, whole: Any) -> tuple[str, str]:
         hint = f"Did you mean {near[0]}? It takes" if near else "It takes"
         return f"{quoted} is unknown", f"{hint} {', '.join(names)}"
     if kind.startswith(("int", "float")):
-        return f"{quoted} is not a number", "Write a whole number" if kind.startswith("int") else "Write it like 0.2"
+        what, example = ("whole number", "32") if kind.startswith("int") else ("number", "0.2")
+        return f"{quoted} is not a {what}", f"Write it like {example}"
     return f"{quoted}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", "Correct it"
 
 

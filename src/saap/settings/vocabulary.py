@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from saap.settings.setting import AtLeast1, Commas, Different, Flag, Parameters
+from saap.settings.setting import Commas, Different, Flag, Parameters
 
 vocabulary_flag = partial(Flag, panel="Vocabulary")
 
@@ -42,9 +42,7 @@ def _languages(given: Any) -> Any:
     return tuple(found)
 
 
-VocabularySize = Annotated[
-    Annotated[Parameters, AtLeast1] | None, vocabulary_flag("Tokens to keep, e.g. 64k.", metavar="N")
-]
+VocabularySize = Annotated[Parameters | None, vocabulary_flag("Tokens to keep, e.g. 64k.", metavar="N")]
 VocabularyRatio = Annotated[
     Annotated[float, Field(gt=0, lt=1)] | None, vocabulary_flag("Fraction of the tokens to remove, e.g. 0.5.")
 ]

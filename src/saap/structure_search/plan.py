@@ -174,7 +174,7 @@ def _unreachable(
     """The refusal of a budget that the smallest sizes do not reach. Names the alignment if that alone prevents it."""
     reached, unaligned = (
         _most_removed(graph, build_variables(graph, one, {*dropped, *skipped}), budget, dropped)
-        for one in (space, dataclasses.replace(space, align=1))
+        for one in (space, dataclasses.replace(space, align=1, legal_sizes=None))
     )
     allow = "a smaller --align" if unaligned >= budget.removal else "more roles or layers"
     return budget.unreachable(graph, reached, "with these roles, skipped layers and alignment", allow)

@@ -57,11 +57,6 @@ class WeightedGrams(Observer):
         self._removed: dict[str, tuple[Tensor, Tensor]] = {}
         self.needs = dict.fromkeys(self._groups, Signal.INPUT | Signal.OUTPUT_GRADIENT)
 
-    @property
-    def own(self) -> range:
-        """The modules, by number, that this process puts in order after the walk."""
-        return self._backend.processes.share(len(self._grams))
-
     def _weight(self, path: str) -> Tensor:
         return weight_out_in(self._backend.model.get_submodule(path))
 
@@ -97,7 +92,8 @@ class WeightedGrams(Observer):
     @torch.no_grad()
     def result(self) -> SecondOrder:
         """The matrices that are left, the costs and the orders; each process puts a part of the modules in order."""
-        processes, own, ordered = self._backend.processes, self.own, {}
+        processes, ordered = self._backend.processes, {}
+        own = processes.share(len(self._grams))
         walked = len(processes.share(len(self._tokens)))
         for done, path in enumerate(list(self._grams)[own.start : own.stop], walked + 1):
             ordered[path] = self._order(path, self._grams[path])

@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
-NONE, PART, MOST = "none", "parts of characters", 12
+NONE, PART = "none", "parts of characters"
 
 
 def script_of(text: str) -> str:

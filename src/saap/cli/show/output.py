@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pydantic_core import to_json
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -115,7 +115,7 @@ def make_reporter(display: Display) -> Iterator[Reporter]:
 def show(display: Display, data: dict[str, Any] | str, draw: Callable[[], None]) -> None:
     """Print a result as JSON, draw it, or print nothing if quiet. data: JSON-able, or JSON text."""
     if display.as_json:
-        print(data if isinstance(data, str) else json.dumps(data, indent=1))
+        print(data if isinstance(data, str) else to_json(data, indent=1, inf_nan_mode="null").decode())
     elif not display.quiet:
         draw()
 

@@ -8,6 +8,7 @@ import gguf
 
 from saap.core.errors import ModelError
 from saap.export.gguf.fields import WriterFields
+from saap.export.model_card import name_of
 from saap.export.source import ExportSource
 from saap.models.checkpoint.gguf_files import GgufField, read_header
 from saap.models.loading.references import PACKAGED_MODELS, packaged_file
@@ -37,10 +38,11 @@ def source_gguf(source: ExportSource) -> Path | None:
 def metadata_fields(source: ExportSource) -> WriterFields:
     """The general fields of a file: those of the dense model's GGUF file if there is one, else name and licence."""
     base, file = None if source.manifest is None else source.manifest.base, source_gguf(source)
+    pruned = source.manifest is not None and source.manifest.is_pruned
     kept = {} if file is None else copied_fields(file, _GENERAL)
     original = (source.resolved if base is None else base).source
-    name = kept[_KEYS.NAME].value if _KEYS.NAME in kept else Path(original).name
-    fields: WriterFields = [("type", "model"), ("name", name if base is None else f"{name}, pruned")]
+    name = kept[_KEYS.NAME].value if _KEYS.NAME in kept else name_of(original)
+    fields: WriterFields = [("type", "model"), ("name", f"{name}, pruned" if pruned else name)]
     if base is not None and base.licence is not None and _KEYS.LICENSE not in kept:
         fields.append(("license", base.licence))
     return [*fields, *(("key_value", key, *field) for key, field in kept.items() if key not in _OWN)]

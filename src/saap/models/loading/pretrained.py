@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from saap.core.errors import ConfigurationError, ModelError, first_line, out_of_memory
+from saap.core.errors import ConfigurationError, ModelError, first_line, listed, out_of_memory
 from saap.core.records import ModelRef, digest_of
 from saap.models.checkpoint.groupwise import GroupwiseWeight, pack_linear, read_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
@@ -105,20 +105,26 @@ def load_model(
         )
     missing = sorted(info["missing_keys"])
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ModelError(
-            f"{resolved.source} lacks the weights {', '.join(missing[:3])}{more}", "Use a complete checkpoint"
-        )
+        raise ModelError(f"{resolved.source} lacks the weights {listed(missing, 3)}", "Use a complete checkpoint")
     if dequantised:  # so the configuration must not say quantised
         for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
             if hasattr(holder, name):
                 delattr(holder, name)
         model.is_quantized = False
+    _note_own_head(model)
     if device_map is None:
         model = model.to(device)
     else:
         require_values(model)
     return model.eval().requires_grad_(False)
+
+
+def _note_own_head(model: Any) -> None:
+    """Let the configuration say that the output head is not tied, where the files have another one than it says."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not table.weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def model_without_weights(
@@ -253,7 +259,9 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
         parameters = dict(model.named_parameters(remove_duplicate=False))
         buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
         held = dict(model.named_parameters()) | buffers
-        if all(stored.shapes.get(name) == tuple(tensor.shape) for name, tensor in held.items()):
+        if not _ties_hold(parameters, stored):
+            reason = "its output head is its own, but its configuration ties it to the embedding"
+        elif all(stored.shapes.get(name) == tuple(tensor.shape) for name, tensor in held.items()):
             values = {name: stored.read(name).clone() for name in buffers}
             model.load_state_dict(values, strict=False, assign=True)
             if (resolved.folder / "generation_config.json").is_file():
@@ -264,6 +272,13 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
         f"{resolved.source} cannot be read part by part ({reason})",
         "Leave out --max-memory, or save it with save_pretrained and give that folder",
     )
+
+
+def _ties_hold(parameters: Mapping[str, nn.Parameter], stored: StoredTensors) -> bool:
+    """Whether the files have one value for each parameter of several names. parameters: by all names."""
+    first = {id(one): name for name, one in reversed(list(parameters.items()))}
+    pairs = [(name, first[id(one)]) for name, one in parameters.items()]
+    return all(torch.equal(*map(stored.read, pair)) for pair in pairs if len({*pair} & stored.shapes.keys()) == 2)
 
 
 @torch.no_grad()

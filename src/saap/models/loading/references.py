@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,13 @@ def resolve_model(
     weights in another quantised format than `DEQUANTISED`, and untrusted code.
     """
     source = str(model)
-    path = Path(model).expanduser()
+    path = Path(model)
+    with suppress(RuntimeError):  # an unknown user
+        path = path.expanduser()
     if source in PACKAGED_MODELS and not path.exists():
         path = packaged_file(source)
+    if revision is not None and path.exists():
+        raise ModelError(f"{source} is on this machine, where a revision ({revision}) selects nothing", "Leave it out")
     if path.suffix == ".gguf":
         _check_gguf(path)
         return ResolvedModel(source, path.parent, torch.bfloat16, revision, gguf_file=path.name)

@@ -73,7 +73,7 @@ def ridge_fit(
 
     weight: (outputs, channels). For a ridge r, W minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2 over the
     tokens of `fit` and is evaluated on those of `held_out`. The search starts at the middle of `ridges` and moves on
-    while the error decreases; the best r is then used on both sets together. `weight` is kept if no ridge is better, or
+    while the error decreases; the best penalty is then used on all tokens. `weight` is kept if no ridge is better, or
     if its error is only rounding. Returns W and the held-out error of its ridge divided by that of `weight`. `fit`
     receives the sums of both sets, to avoid a second copy of large matrices.
     """

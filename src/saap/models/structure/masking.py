@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -38,7 +39,7 @@ def masked(
     with torch.no_grad(), ExitStack() as stack:
         for layer in dropped_blocks:
             block = model.get_submodule(graph.blocks[layer])
-            stack.callback(block.register_forward_hook(_pass_through).remove)
+            stack.callback(block.register_forward_hook(_pass_through, with_kwargs=True).remove)
         for (tensor, axis), role in roles.items():
             lost = index[tensor][axis]
             if None not in lost.removed or role is Role.HIDDEN:
@@ -57,8 +58,10 @@ def _zero_channels(removed: Tensor, module: nn.Module, arguments: tuple[Any, ...
     return (activation.index_fill(-1, removed.to(activation.device), 0), *arguments[1:])
 
 
-def _pass_through(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-    return (arguments[0], *output[1:]) if isinstance(output, tuple) else arguments[0]
+def _pass_through(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+    first = (name for name in inspect.signature(type(module).forward).parameters if name != "self")
+    hidden = arguments[0] if arguments else keywords[next(first)]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 @contextmanager

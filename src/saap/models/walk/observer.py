@@ -53,7 +53,7 @@ class Batch:
         if not (whole or flat or samples == 1):
             raise UnsupportedModelError(
                 f"{site} sees tokens of {samples} samples mixed in a tensor of shape {tuple(activation.shape)}",
-                "Score one sample at a time (micro_batch=1)",
+                "Use --sample-length 256 or more",
             )
         return activation.reshape(samples, length if flat else -1, activation.shape[-1])
 

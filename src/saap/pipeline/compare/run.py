@@ -154,12 +154,16 @@ class _Bench:
         if not lacking:
             return
         shared, seconds = self._share(seed, options), dict[str, float]()
+        left = list(dict.fromkeys(choice for choice, *_ in lacking))
         for choice, group in groupby(lacking.items(), key=lambda row: row[0][0]):
             here = [(ratio, restored, path) for (_, ratio, restored), path in group]
             scored = self._score(shared, choice, seconds)
             for restored in dict.fromkeys(kind for _, kind, _ in here):
                 paths = {ratio: path for ratio, kind, path in here if kind is restored}
                 self._make_alike(choice.label, *scored, restored, paths, dense)
+            left.remove(choice)
+            baselines = [baseline_of(one.method) for one in left]
+            measurements(shared).keep_only([one for one in baselines if one is not None])
 
     def _share(self, seed: int, options: RunOptions) -> Run:
         """The calibration of one seed and the baselines' measurements with it, the same for every method."""

@@ -25,11 +25,12 @@ from saap.evaluation.perplexity import bits_per_byte, perplexity
 from saap.evaluation.speed import Source
 from saap.evaluation.zero_shot import check_tasks, evaluate_tasks
 from saap.models.loading.devices import multiplied_in, quick_float32_products, quick_products
-from saap.models.loading.pretrained import load_tokenizer
+from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel
 from saap.models.walk.probe import check_runs
 from saap.pipeline.evaluate.speed import compare_speeds
 from saap.pipeline.shared.dense_model import (
+    check_rows,
     check_same_tokens,
     keep_tokens_of,
     manifest_of,
@@ -186,6 +187,8 @@ class _Evaluation:
             own = tokenizer
         elif self.prompts and vocabulary is None:
             check_same_tokens(tokenizer, own, dense.source)
+        if self.prompts and vocabulary is not None:
+            check_rows(model_without_weights(dense), vocabulary)
         if self.request.dense is None:
             return self, own
         # its own tokens, since another model may split the texts otherwise

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from saap.core.errors import ExportError, ModelError, OutputError, first_line
 from saap.export.model_card import load_lines, mlx_line, opens_only_in_mlx
-from saap.export.placing import check_file, check_output
+from saap.export.placing import check_file, check_output, check_source_stays
 from saap.export.source import Exported, open_source
 from saap.models.loading.llama_cpp import llama_cpp_is_installed
 from saap.models.loading.references import read_config, resolve_model
@@ -55,20 +55,13 @@ def export_model(
     progress, target = reporter or Silent(), Path(out)
     check_packages(request)
     write: Any = request.format.load()
-    _check_source_stays(Path(source), target)
+    check_source_stays(source, target)
     check = check_file if request.format.suffix else check_output
     check(target, 0, overwrite=overwrite)
     progress.stage("read the model")
     return cast(
         "Exported", write(open_source(source, revision), target, request, overwrite=overwrite, progress=progress)
     )
-
-
-def _check_source_stays(source: Path, target: Path) -> None:
-    """Raise OutputError for an output that would replace the model that is read."""
-    source = source.expanduser()
-    if source.exists() and source.resolve().is_relative_to(target.resolve()):
-        raise OutputError(f"The output {target} would replace the model {source}", "Choose another --out")
 
 
 def export_gguf(

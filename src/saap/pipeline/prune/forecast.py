@@ -27,7 +27,7 @@ from saap.pipeline.shared.outcome import ANSWER_TOKENS
 from saap.pipeline.shared.stages import Stage, steps_of
 from saap.pipeline.shared.targets import check_space
 from saap.pipeline.shared.tokens import needs_measuring
-from saap.settings.prune import PrunableRole
+from saap.settings.prune import PrunableRole, unit_roles
 from saap.settings.registry import Importance, Method
 
 TIMED_TOKENS = 1024
@@ -141,7 +141,7 @@ def _tokens(run: Run) -> dict[Stage, float]:
         stages.FIND_COSTS: 4.3 * tokens.scored.tokens.size,
         stages.KEEP_SCORES: 0,
         stages.EVALUATE_DENSE: held,
-        stages.SEARCH: held * (search_evaluations(run) + blocks),
+        stages.SEARCH: held * (search_evaluations(run) * bool(unit_roles(config.roles)) + blocks),
         stages.CUT: 0,
         stages.RESTORE: 4.9 * refit_tokens(config),
         stages.MEASURE: answer + evaluated,

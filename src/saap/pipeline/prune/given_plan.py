@@ -37,17 +37,13 @@ def read_given_plan(
         )
     try:
         for_method(config.model_copy(update={"layout": given.layout}))
-    except ConfigurationError as error:  # the flag does not change a plan
-        remedy = error.remedy.replace(ADAPTIVE_REMEDY, f"Set `layout` in {path} to adaptive")
-        raise ConfigurationError(error.offender, remedy) from None
-    _require_scored(path, given, config, graph)
-    plan = complete_plan(graph, given, flat_scores(graph))
-    if experts is None and plan.layout is Layout.UNIFORM:
-        try:
+        _require_scored(path, given, config, graph)
+        plan = complete_plan(graph, given, flat_scores(graph))
+        if experts is None and plan.layout is Layout.UNIFORM:
             uniform_config(getattr(model, "config", None), graph, plan)
-        except LayoutError as error:  # the flag does not change a plan
-            remedy = error.remedy.replace(ADAPTIVE_REMEDY, f"Set `layout` in {path} to adaptive")
-            raise LayoutError(error.offender, remedy) from None
+    except (ConfigurationError, LayoutError) as error:  # the flag does not change a plan
+        remedy = error.remedy.replace(ADAPTIVE_REMEDY, f"Set `layout` in {path} to adaptive")
+        raise type(error)(error.offender, remedy) from None
     return given
 
 

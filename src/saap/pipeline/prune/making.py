@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,6 @@ from saap.core.records import ImportanceScores, Layout, StructurePlan, count_par
 from saap.discovery.blocks import find_blocks
 from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.export.model_card import licence_of
-from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.pruned_structure import PrunedStructure, mark_pruned, structure_of
 from saap.models.loading import memory
 from saap.models.loading.devices import copied, quick_products, spread_over
@@ -98,8 +96,6 @@ def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores | No
     digests = {"graph": graph.digest, "calibration": run.tokens.scored.digest, "plan": plan.digest}
     if scores is not None:
         digests["scores"] = scores.digest
-    if plan.layout is Layout.ADAPTIVE:
-        digests["modeling_code"] = hashlib.sha256(Path(modeling_pruned.__file__).read_bytes()).hexdigest()
     licence = licence_of(folder) if folder is not None else None
     return RunManifest(
         base=BaseModelIdentity(**dataclasses.asdict(graph.model), licence=licence),

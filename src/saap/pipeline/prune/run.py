@@ -17,7 +17,8 @@ from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
 from saap.models.loading.devices import quick_float32_products, require_whole_blocks
-from saap.models.loading.pretrained import quiet_transformers
+from saap.models.loading.pretrained import model_without_weights, quiet_transformers
+from saap.models.loading.references import resolve_model
 from saap.models.walk.backend import Backend
 from saap.models.walk.probe import check_runs
 from saap.models.walk.processes import Processes
@@ -39,7 +40,7 @@ from saap.pipeline.prune.speed_target import budget_for_speed
 from saap.pipeline.prune.steps import carry_out
 from saap.pipeline.prune.vocabulary import prune_vocabulary
 from saap.pipeline.shared.context import Run
-from saap.pipeline.shared.inputs import LoadedModel, RunOptions, check_devices, open_model, place_of
+from saap.pipeline.shared.inputs import LoadedModel, RunOptions, check_devices, place_of
 from saap.pipeline.shared.legality import check_walk, search_space
 from saap.pipeline.shared.memory_estimate import Sizes
 from saap.pipeline.shared.memory_limit import offloading_remedy, open_within, restoration_spill
@@ -133,8 +134,8 @@ def preview(
 
 def inspect_model(source: str, options: RunOptions) -> dict[str, Any]:
     """The coupled structures of a model as JSON-able data: sizes, rows per role, what is not pruned and why."""
-    loaded = open_model(source, options, computes_in_dtype=True)
-    graph = discover(loaded.model, loaded.ref, finer_heads=True)
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    graph = discover(model_without_weights(resolved, with_buffers=True), finer_heads=True)
     return {
         "model": source,
         "parameters": graph.parameters,
@@ -160,7 +161,7 @@ def _prepare(
     config = for_method(config)
     options = check_devices(options, source, processes)
     meter = Meter(reporter if reporter is not None and processes.first else Silent(), place_of(source, options))
-    targets = plan_targets(config, options)
+    targets = plan_targets(config, options, source)
     if config.target_speedup is not None:
         config.runtime.check()
     with meter.stage(LOAD):

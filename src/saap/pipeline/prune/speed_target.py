@@ -143,7 +143,7 @@ def _cache_file(model: nn.Module, graph: ModelGraph, config: PruneConfig, settin
     described = {
         "format": FORMAT,
         "machine": machine,
-        "model_type": getattr(model.config, "model_type", type(model).__name__),
+        "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
         "shapes": graph.shapes,
         "groups": [[group.name, group.units] for group in graph.groups],
         "runtime": settings.runtime,

@@ -13,7 +13,7 @@ from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.prune.result import PruneReport
 from saap.pipeline.prune.run import run_prune
-from saap.pipeline.recover.context import check_processes, check_tuning, read_data
+from saap.pipeline.recover.context import GGUF_LATER, check_processes, check_tuning, read_data
 from saap.pipeline.recover.result import RecoverReport
 from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.digests import model_digest, named_files
@@ -39,7 +39,7 @@ def prune_and_recover(
         raise ConfigurationError("--recover needs a folder", "Name it with --out DIR")
     resolved, data = check_recovery(source, pruning, recovery, options)
     processes = Processes.found()
-    targets = plan_targets(pruning, options)
+    targets = plan_targets(pruning, options, source)
     processes.barrier()  # until all processes have checked the existing files
     work = WorkFolder(work_path(options))
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json")]
@@ -79,9 +79,7 @@ def check_recovery(
     Raises SaapError.
     """
     if options.out is not None and is_file(options.out):
-        raise ConfigurationError(
-            "--recover tunes weights, which a GGUF file does not take up", "Write a folder with -o DIR"
-        )
+        raise ConfigurationError("--recover tunes weights, which a GGUF file does not take up", GGUF_LATER)
     for flag, given in (("--max-memory", options.max_memory), ("--device-map", options.device_map)):
         if given is not None:
             raise ConfigurationError(

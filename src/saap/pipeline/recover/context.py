@@ -16,7 +16,7 @@ from saap.data.samples import leading_ids
 from saap.data.texts import GENERAL, KINDS, kind_weights
 from saap.data.training import TrainingData, training_data
 from saap.discovery.blocks import find_blocks
-from saap.export.placing import check_output, check_place
+from saap.export.placing import check_output, check_place, check_source_stays
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel, resolve_model
@@ -29,14 +29,16 @@ from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import READ_RECORDS
-from saap.pipeline.shared.targets import work_path
+from saap.pipeline.shared.targets import check_work_outside, is_file, work_path
 from saap.pipeline.shared.tokens import EVALUATION, evaluation_sets
 from saap.recovery.adapter import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
+from saap.settings.setting import dashed
 
 NOT_DECISIVE = {"max_minutes", "patience", "shard", "micro_batch", "gradient_checkpointing", "teacher_logits"}
 """Settings that may change when a training resumes. Whether a folder has the teacher's predictions may not."""
 LOGITS_FLAG = "--teacher-logits"
+GGUF_LATER = "Write a folder with -o DIR, then use saap export"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,11 @@ class Recovery:
 def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: Reporter) -> Recovery:
     """Check everything that can be checked without the weights. Raises SaapError."""
     if options.out is not None:
+        if is_file(options.out):
+            raise ConfigurationError(
+                f"--out {options.out} is a GGUF file, and saap recover writes a folder", GGUF_LATER
+            )
+        check_work_outside(work_path(options), options.out)
         check_output(options.out, 0, overwrite=options.overwrite)
     check_logits_folder(config, options)
     processes = Processes.found()
@@ -104,15 +111,19 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     with meter.stage(READ_RECORDS):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         check_tuning(config, resolved)
+        dtype = pick_dtype(options.dtype, source=resolved.dtype)
         tokenizer = load_tokenizer(resolved)
         earlier = manifest_of(resolved)
         config, teacher = _with_teacher(config, resolved, earlier, tokenizer, meter)
+        for one in (resolved, teacher):
+            if one is not None and options.out is not None:
+                check_source_stays(one.path, options.out)
         data = read_data(config, tokenizer, known_kinds(earlier))
     return Recovery(
         config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher, earlier=earlier,
         data=data, evaluation=evaluation_sets(tokenizer, GENERAL),
         leading=leading_ids(tokenizer, bos=config.bos), device=device,
-        dtype=pick_dtype(options.dtype, source=resolved.dtype), processes=processes, meter=meter,
+        dtype=dtype, processes=processes, meter=meter,
     )  # fmt: skip
 
 
@@ -196,9 +207,9 @@ def _with_teacher(
     if teacher is None:
         if share:
             raise ConfigurationError("--distillation has no teacher", "Specify the dense model with --dense MODEL")
-        for flag, given in (("--on-policy", config.on_policy), ("--teacher-logits", config.teacher_logits)):
-            if given:
-                raise ConfigurationError(f"{flag} has no teacher", "Specify the dense model with --dense MODEL")
+        needing = ("on_policy", "teacher_logits", "dense_revision")
+        for flag in (dashed(name) for name in needing if getattr(config, name)):
+            raise ConfigurationError(f"{flag} has no teacher", "Specify the dense model with --dense MODEL")
         return config.model_copy(update={"teacher": None, "dense_revision": None, "distillation": 0.0}), None
     known = {"teacher": teacher.source, "dense_revision": teacher.revision}
     return config.model_copy(update={**known, "distillation": 1.0 if share is None else share}), teacher

@@ -127,7 +127,7 @@ def recovery_report(
         evaluation_tokens=run.evaluation_tokens, perplexity_dense=value.get("dense"),
         perplexity_before=value["before"], perplexity_quantised=value.get("quantised"), perplexity=value["recovered"],
         gap_closed=closed, **training.model_dump(include=SUMMARY), steps=training.step,
-        prompt=measured["before"].prompt, answer_dense=measured["dense"].answer if "dense" in measured else None,
+        prompt=measured["recovered"].prompt, answer_dense=measured["dense"].answer if "dense" in measured else None,
         answer_before=measured["before"].answer, answer=measured["recovered"].answer, stages=tuple(run.meter.stages),
         load_lines=() if out is None else load_lines(out, model.config.to_dict(), run.resolved.folder),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -37,7 +38,7 @@ def resolve_dense(
     source = given if given is not None or base is None else base.source
     if source is None:
         return None
-    recorded = base.revision if base is not None and base.source == source else None
+    recorded = base.revision if base is not None and base.source == source and not Path(source).exists() else None
     revision = recorded if settings.dense_revision is None else settings.dense_revision
     try:
         return resolve_model(source, revision, settings.dense_trust_remote_code, fetch=given is not None)
@@ -74,12 +75,16 @@ def keep_tokens_of(dense: nn.Module, vocabulary: VocabularyMap | None) -> None:
 
     Raises ModelError if it has another number of rows than the model that was pruned.
     """
-    if vocabulary is None:
-        return
+    if vocabulary is not None:
+        check_rows(dense, vocabulary)
+        cut_rows(dense, vocabulary.old_ids, model_logits)
+
+
+def check_rows(dense: nn.Module, vocabulary: VocabularyMap) -> None:
+    """Raise ModelError if the dense model, possibly without weights, is not the one whose tokens were removed."""
     rows = embedding_of(dense).num_embeddings
     if rows != vocabulary.rows:
         raise ModelError(
             f"The dense model has {rows:,} rows, but the vocabulary was pruned from {vocabulary.rows:,}",
             "Specify the model that it was pruned from with --dense",
         )
-    cut_rows(dense, vocabulary.old_ids, model_logits)

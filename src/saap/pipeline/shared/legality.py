@@ -129,7 +129,7 @@ def _refusal(model: nn.Module, graph: ModelGraph, role: Role, size: int, align: 
     keep = {group.name: tuple(range(size)) for group in graph.of_role(role)}
     plan = make_plan(graph, keep, (), layout=Layout.UNIFORM, strategy="trial", align=align)
     try:
-        uniform_config(model.config, graph, plan)
+        uniform_config(getattr(model, "config", None), graph, plan)
     except LayoutError as error:
         return error
     return None

@@ -14,12 +14,22 @@ import torch
 from saap.core.errors import ConfigurationError
 from saap.core.records import ModelGraph
 from saap.core.storage import PlanDocument
-from saap.export.placing import check_file, check_output, check_place, check_records, place, place_file
+from saap.export.placing import (
+    check_file,
+    check_output,
+    check_place,
+    check_records,
+    check_source_stays,
+    place,
+    place_file,
+)
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.stages import PLACE
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
 from saap.structure_search.budget import AnyBudget, Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio
+
+_OUTSIDE = "Choose a work folder outside the result"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +45,11 @@ class Target:
     plan: PlanDocument | None = None
 
 
-def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True) -> list[Target]:
+def plan_targets(config: PruneConfig, options: RunOptions, source: Any = None, *, check: bool = True) -> list[Target]:
     """The targets with their paths, without budgets.
 
     With several ratios, each has a subfolder of `out`, or a file with the ratio in its name. With `check`, raises
-    OutputError for a result that exists (unless `overwrite`) or cannot be written.
+    OutputError for a result that exists (unless `overwrite`), cannot be written, or would replace the source.
     """
     names = [f"{ratio:g}" for ratio in config.pruning_ratios] or ["target"]
     out, path = options.out, work_path(options)
@@ -47,9 +57,12 @@ def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True
     for target in targets:
         if path is not None and target.path is not None:
             _require_apart(path, target.path)
+            check_work_outside(path, target.path)
         done = path is not None and path.is_dir() and finished_report(WorkFolder(path), target) is not None
         if not check or target.path is None or done:
             continue
+        if isinstance(source, (str, Path)):
+            check_source_stays(source, target.path)
         if is_file(target.path):
             check_file(target.path, 0, overwrite=options.overwrite)
             check_records(records_of(target.path), overwrite=options.overwrite)
@@ -152,7 +165,10 @@ def _require_apart(work: Path, out: Path) -> None:
     """Raise ConfigurationError if a result at `out`, or its records, would lie in the work folder."""
     for made in (out, records_of(out)):
         if made.resolve().is_relative_to(work.resolve()):
-            raise ConfigurationError(
-                f"--work-dir {work} would contain {made}, and is deleted after success",
-                "Choose a work folder outside the result",
-            )
+            raise ConfigurationError(f"--work-dir {work} would contain {made}, and is deleted after success", _OUTSIDE)
+
+
+def check_work_outside(work: Path | None, result: Path | None) -> None:
+    """Raise ConfigurationError if the work folder would lie in a result, which replaces what is there."""
+    if work is not None and result is not None and work.resolve().is_relative_to(result.resolve()):
+        raise ConfigurationError(f"--work-dir {work} would be in {result}, which the result replaces", _OUTSIDE)
