@@ -21,7 +21,7 @@ from typing import Any
 from saap.core.errors import CalibrationError, SaapError, first_line
 
 MIXED = "mixed"
-CONVERSATIONS = "conversations"
+CONVERSATIONS, TURNS = "conversations", ("user", "assistant")
 GENERAL: Mapping[str, int] = MappingProxyType({"novels": 2, "speeches": 2, "encyclopaedia": 6, CONVERSATIONS: 8})
 """Bundled kinds of general English, with their weights in `mixed`: the last two cover more knowledge."""
 KINDS: Mapping[str, int] = MappingProxyType(
@@ -154,7 +154,8 @@ def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> s
 
 def bundled_conversations(purpose: Purpose) -> list[list[dict[str, str]]]:
     """The `messages` of each bundled conversation, an instruction and its answer."""
-    return [json.loads(row)["messages"] for row in _bundled(f"{CONVERSATIONS}.jsonl.bz2", purpose).splitlines()]
+    pairs = map(json.loads, _bundled(f"{CONVERSATIONS}.jsonl.bz2", purpose).splitlines())
+    return [[{"role": role, "content": text} for role, text in zip(TURNS, pair, strict=True)] for pair in pairs]
 
 
 def _bundled(name: str, purpose: Purpose) -> str:
