@@ -394,7 +394,7 @@ def test_what_a_manifest_says_cannot_steer_the_terminal(
     file.write_text(json.dumps(manifest))
     code, out, error = run(capsys, "recover", small, "--data", text, *FLAGS, "--out", tmp_path / "tuned")
     assert code == 0, error
-    assert "prompt: a ]0;b [red]c 2J" in out
+    assert "a ]0;b [red]c 2J" in out
     assert not [letter for letter in out + error if not letter.isprintable() and letter != "\n"]
 
 
