@@ -267,7 +267,9 @@ def test_the_teacher_alone_has_a_target_for_prompts_too(
         return stock(walker, hidden, ids, learned, **named)
 
     monkeypatch.setattr(training, "learned_losses", spied)
-    train(tmp_path, teacher=build("llama_tied", seed=1).float(), distillation=weight, batch=1, micro_batch=1, max_steps=3)
+    train(
+        tmp_path, teacher=build("llama_tied", seed=1).float(), distillation=weight, batch=1, micro_batch=1, max_steps=3
+    )
     assert len(seen) == 3
     assert not any(learned[:, 0].any() for learned in seen)
     assert all(learned[:, 1:].all() for learned in seen) == everything
