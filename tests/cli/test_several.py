@@ -108,7 +108,7 @@ def test_only_the_first_process_speaks(several: Results) -> None:
     [
         ("error", "error: Calibration sample 2 is bad. Mend it.\n"),
         ("later", "error: The first process is unwell. Mend it.\n"),
-        ("refused", "error: --num-samples 'many' is not a number"),
+        ("refused", "error: --num-samples 'many' is not a whole number"),
         ("dry", "error: `saap prune --dry-run` runs in one process. Start it without torchrun or accelerate launch.\n"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import nn
 
 from saap._version import __version__
 from saap.core.errors import ConfigurationError
-from saap.core.records import ModelGraph, digest_of
+from saap.core.records import ModelGraph, ModelRef, digest_of
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
@@ -135,7 +135,10 @@ def preview(
 def inspect_model(source: str, options: RunOptions) -> dict[str, Any]:
     """The coupled structures of a model as JSON-able data: sizes, rows per role, what is not pruned and why."""
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    graph = discover(model_without_weights(resolved, with_buffers=True), finer_heads=True)
+    model = model_without_weights(resolved, with_buffers=True)
+    model.tie_weights()
+    ref = ModelRef(source=source, config_digest="", weights_digest="")  # nothing is compared with it
+    graph = discover(model, ref, finer_heads=True)
     return {
         "model": source,
         "parameters": graph.parameters,
