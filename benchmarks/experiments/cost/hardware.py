@@ -17,13 +17,15 @@ MODELS = {
     "LLaMA-7B": SHAPES["7b"],
     "Mistral-7B": llama(4096, 14336, 32, 32, 32000, keys=8),
     "Qwen2.5-7B": llama(3584, 18944, 28, 28, 152064, keys=4),
+    "Llama-3.1-8B": llama(4096, 14336, 32, 32, 128256, keys=8),
+    "Qwen3-8B": llama(4096, 12288, 36, 32, 151936, keys=8),
     "LLaMA-13B": SHAPES["13b"],
     "Qwen3-30B-A3B": experts_30b(48),
     "Qwen2.5-32B": llama(5120, 27648, 64, 40, 152064, keys=8),
     "Llama-3-70B": llama(8192, 28672, 80, 64, 128256, keys=8),
 }
 """Shapes of these models; only their sizes matter."""
-SHOWN = ["SmolLM2-135M", "Qwen2.5-1.5B", "LLaMA-7B", "Qwen3-30B-A3B", "Llama-3-70B"]
+SHOWN = ["SmolLM2-135M", "Qwen2.5-1.5B", "Llama-3.1-8B", "Qwen3-30B-A3B", "Llama-3-70B"]
 """In the README."""
 CARD_BYTES = 24e9
 RUNS: dict[str, dict[str, Any]] = {
