@@ -100,7 +100,7 @@ FLAGS: list[Case] = [
     ((*PRUNE, *RATIO, "--revision", "v2"), "where a revision (v2) selects nothing"),
     (("prune", "~nobody-at-all/model", *RATIO, "--out", "OUT"), "~nobody-at-all/model"),
     ((*RECOVER, "--out", "TMP/small.gguf"), "saap recover writes a folder"),
-    ((*RECOVER, "--dense-revision", "v2"), "--dense-revision has no teacher"),
+    ((*RECOVER, "--dense-revision", "v2", "--distillation", "0"), "--dense-revision has no teacher"),
     ((*RECOVER, "--micro-batch-size", "4"), "is more than --batch-size 1"),
     ((*PRUNE, *RATIO, "--out", "/"), "'/' is the root of a file system"),
     ((*PRUNE, *RATIO, "--out", "MODEL/config.json/deep"), "MODEL/config.json"),

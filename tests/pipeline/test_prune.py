@@ -85,8 +85,7 @@ def test_the_folder_computes_what_the_result_does(source: Path, tmp_path: Path, 
     manifest = json.loads((out / "saap" / "manifest.json").read_text())
     assert manifest["format_version"] == 1
     assert manifest["parameters"]["after"] == counted
-    code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in out.glob("modeling_*.py")]
-    assert [manifest["digests"].get("modeling_code")] == (code or [None])
+    assert bool([*out.glob("modeling_*.py")]) is (layout == "adaptive")
     assert {stage["name"] for stage in manifest["stages"]} >= {"load the model", "measure the dense model"}
     assert not out.with_name("small.saap-work").exists()
     assert (out / "README.md").exists()

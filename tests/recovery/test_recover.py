@@ -394,7 +394,8 @@ def test_what_a_manifest_says_cannot_steer_the_terminal(
     file.write_text(json.dumps(manifest))
     code, out, error = run(capsys, "recover", small, "--data", text, *FLAGS, "--out", tmp_path / "tuned")
     assert code == 0, error
-    assert "a ]0;b [red]c 2J" in out
+    shown = [line.split(":")[0].strip() for line in out.splitlines() if "a ]0;b [red]c 2J" in line]
+    assert shown == ["dense", "before"]
     assert not [letter for letter in out + error if not letter.isprintable() and letter != "\n"]
 
 

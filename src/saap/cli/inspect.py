@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from saap.cli.flags import Model
-from saap.settings.run import READS, Display, RunOptions
+from saap.settings.run import Display, RunOptions
 from saap.settings.setting import Only
 
 
 def inspect(
     model: Model,
-    options: Annotated[RunOptions, Only(READS, {"device": "cpu"})],
+    options: Annotated[RunOptions, Only(("revision", "trust_remote_code"))],
     display: Annotated[Display, Only(("as_json",))],
 ) -> None:
     """Show the coupled structures of MODEL: per role the groups, their units, members and parameters."""

@@ -159,7 +159,10 @@ class RecoverConfig(Settings):
             ), (
                 self.flags_given("micro_batch") and self.micro_batch > self.batch,
                 f"--micro-batch-size {self.micro_batch} is more than --batch-size {self.batch}",
-                "Raise --batch-size, or leave it out",
+                "Raise --batch-size, or leave --micro-batch-size out",
+            ), (
+                self.distillation == 0 and self.teacher is None and self.dense_revision is not None,
+                "--dense-revision has no teacher with --distillation 0", "Leave out one of the two",
             ), (
                 self.teacher_logits is not None and self.max_steps is None and self.max_tokens is None,
                 "--teacher-logits needs a limit in tokens or steps", "Add --max-tokens or --max-steps",

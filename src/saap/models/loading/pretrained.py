@@ -6,7 +6,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,12 @@ def load_model(
 
 def _note_own_head(model: Any) -> None:
     """Let the configuration say that the output head is not tied, where the files have another one than it says."""
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is not table.weight:
+    head = table = None
+    with suppress(NotImplementedError):  # of a class where transformers does not find them
+        head, table = (
+            getattr(one, "weight", None) for one in (model.get_output_embeddings(), model.get_input_embeddings())
+        )
+    if head is not None and head is not table:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
 
@@ -260,8 +264,11 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
         buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
         held = dict(model.named_parameters()) | buffers
         if not _ties_hold(parameters, stored):
-            reason = "its output head is its own, but its configuration ties it to the embedding"
-        elif all(stored.shapes.get(name) == tuple(tensor.shape) for name, tensor in held.items()):
+            fault = (
+                f"{resolved.source} cannot be read part by part (its output head is its own, not tied to the embedding)"
+            )
+            raise NotByNameError(fault, "Set tie_word_embeddings to false in its config.json")
+        if all(stored.shapes.get(name) == tuple(tensor.shape) for name, tensor in held.items()):
             values = {name: stored.read(name).clone() for name in buffers}
             model.load_state_dict(values, strict=False, assign=True)
             if (resolved.folder / "generation_config.json").is_file():

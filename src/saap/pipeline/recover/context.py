@@ -33,7 +33,6 @@ from saap.pipeline.shared.targets import check_work_outside, is_file, work_path
 from saap.pipeline.shared.tokens import EVALUATION, evaluation_sets
 from saap.recovery.adapter import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
-from saap.settings.setting import dashed
 
 NOT_DECISIVE = {"max_minutes", "patience", "shard", "micro_batch", "gradient_checkpointing", "teacher_logits"}
 """Settings that may change when a training resumes. Whether a folder has the teacher's predictions may not."""
@@ -207,9 +206,9 @@ def _with_teacher(
     if teacher is None:
         if share:
             raise ConfigurationError("--distillation has no teacher", "Specify the dense model with --dense MODEL")
-        needing = ("on_policy", "teacher_logits", "dense_revision")
-        for flag in (dashed(name) for name in needing if getattr(config, name)):
-            raise ConfigurationError(f"{flag} has no teacher", "Specify the dense model with --dense MODEL")
+        for flag, given in (("--on-policy", config.on_policy), ("--teacher-logits", config.teacher_logits)):
+            if given:
+                raise ConfigurationError(f"{flag} has no teacher", "Specify the dense model with --dense MODEL")
         return config.model_copy(update={"teacher": None, "dense_revision": None, "distillation": 0.0}), None
     known = {"teacher": teacher.source, "dense_revision": teacher.revision}
     return config.model_copy(update={**known, "distillation": 1.0 if share is None else share}), teacher

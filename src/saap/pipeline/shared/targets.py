@@ -57,12 +57,13 @@ def plan_targets(config: PruneConfig, options: RunOptions, source: Any = None, *
     for target in targets:
         if path is not None and target.path is not None:
             _require_apart(path, target.path)
-            check_work_outside(path, target.path)
+            for made in (target.path, records_of(target.path)):
+                check_work_outside(path, made)
         done = path is not None and path.is_dir() and finished_report(WorkFolder(path), target) is not None
         if not check or target.path is None or done:
             continue
-        if isinstance(source, (str, Path)):
-            check_source_stays(source, target.path)
+        for made in (target.path, records_of(target.path)) if isinstance(source, (str, Path)) else ():
+            check_source_stays(source, made)
         if is_file(target.path):
             check_file(target.path, 0, overwrite=options.overwrite)
             check_records(records_of(target.path), overwrite=options.overwrite)
