@@ -430,3 +430,12 @@ def test_too_little_data(tmp_path: Path) -> None:
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         RecoverConfig(**changes)
+
+
+def test_the_default_rate_of_all_weights_follows_their_size() -> None:
+    matrices = {"a": torch.full((4, 4), 0.19), "b": torch.full((4, 4), -0.19), "norm": torch.ones(4)}
+    full = RecoverConfig(tuning="full")
+    assert training.peak_rate(full, matrices) == 2e-4
+    assert training.peak_rate(full, {name: one / 12 for name, one in matrices.items()}) == 2e-5
+    assert training.peak_rate(RecoverConfig(tuning="full", learning_rate=0.01), matrices) == 0.01
+    assert training.peak_rate(RecoverConfig(), matrices) == training.DEFAULT_RATE

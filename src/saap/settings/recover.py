@@ -98,7 +98,10 @@ class RecoverConfig(Settings):
     batch: Annotated[AtLeast1, training_flag("Sequences per step, over all processes.", name="batch_size")] = 1
     micro_batch: Annotated[AtLeast1, training_flag("Sequences computed at once.", name="micro_batch_size")] = 1
     learning_rate: Annotated[
-        Positive | None, training_flag("Peak learning rate.", default="0.001, for --tuning full 0.0002")
+        Positive | None,
+        training_flag(
+            "Peak learning rate.", default="0.001; for --tuning full, that times the weights' root mean square"
+        ),
     ] = None
     warm_up: Annotated[
         float,
@@ -170,11 +173,6 @@ class RecoverConfig(Settings):
         )  # fmt: skip
         require_none(faults)
         return self
-
-    @property
-    def peak_rate(self) -> float:
-        """The peak learning rate; by default, what moves all weights takes smaller steps."""
-        return self.learning_rate or (2e-4 if self.tuning is Tuning.FULL else 1e-3)
 
     @property
     def minutes(self) -> float | None:
