@@ -252,7 +252,7 @@ def recover(
         blocks, router: only the routers of experts.
     bits: Bits of a weight: 2, 3, 4 or 8.
     group_size: Inputs that share a scale and a zero point: 16, 32, 64 or 128.
-    error_feedback: Quantise by GPTQ: later columns compensate for earlier ones.
+    error_feedback: Quantise by GPTQ: later columns compensate for the rounding of earlier ones; for short runs.
     rank: Rank of the adapters.
     alpha: The adapters' product is scaled by alpha / rank.
     scales: Learn the scales besides the zero points.

@@ -246,3 +246,10 @@ def test_q4_1_blocks_are_what_gguf_reads() -> None:
     read = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1))
     expected = replace(weight, zero=weight.zero.half().float()).dequantised()
     torch.testing.assert_close(read, expected, rtol=0, atol=1e-7)
+
+
+def test_inputs_that_are_not_finite_are_an_error() -> None:
+    gram = torch.eye(32)
+    gram[3, 4] = torch.nan
+    with pytest.raises(ModelError, match="input of a linear layer is not finite"):
+        quantise_with_feedback(torch.randn(4, 32), gram, group_size=16, bits=4)

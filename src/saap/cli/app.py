@@ -15,7 +15,7 @@ from saap.core.errors import SaapError, first_line, out_of_memory
 
 COMMANDS = {
     "prune": ("prune", "Prune a model and write a smaller checkpoint."),
-    "recover": ("recover", "Tune a pruned model on text with quantised weights, in little memory."),
+    "recover": ("recover", "Tune a pruned model on text, by default with quantised weights."),
     "eval": ("evaluate", "Measure perplexity, zero-shot tasks, generation, conversations and speed."),
     "compare": ("compare", "Compare pruning methods: same calibration, same number of parameters, one table."),
     "export": ("export", "Write a model for llama.cpp or Ollama, or upload it."),

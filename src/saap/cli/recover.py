@@ -25,7 +25,7 @@ def recover(
     options: Annotated[RunOptions, Only(("out", "overwrite", "work_dir", "keep_work", *OPENS))],
     display: Display,
 ) -> None:
-    """Tune MODEL on text with quantised weights in little memory; write a plain checkpoint.
+    """Tune MODEL on text, by default with quantised weights; write a plain checkpoint.
 
     Several processes (torchrun --nproc-per-node N -m saap recover ...) share each batch. Each has the whole quantised
     model and its teacher; with --shard each has a part of them.

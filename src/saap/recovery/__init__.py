@@ -1,1 +1,1 @@
-"""Group-wise quantised fine-tuning: recovers the quality of a pruned model in little memory."""
+"""Group-wise quantised fine-tuning: recovers the quality of a pruned model."""

@@ -106,6 +106,7 @@ def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bit
 
     weight: (out, in). gram: (in, in) sum of x x^T over calibration tokens. Minimises |(W - Q) X|^2 greedily; scale and
     zero point of a group are chosen when its first column is reached.
+    Raises GroupSizeError, and ModelError for inputs or weights that are not finite.
     Source: GPTQ (Frantar et al. 2022), with the Cholesky factor of the inverse Gram matrix.
     """
     check_group_sizes({"the matrix": weight.shape[1]}, group_size)
@@ -133,6 +134,8 @@ def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bit
 
 def _inverse_factor(gram: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Gram matrix, both float32."""
+    if not bool(gram.isfinite().all()):
+        raise ModelError("The input of a linear layer is not finite", "Use another checkpoint")
     damped = in_float64(gram)
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)

@@ -58,9 +58,10 @@ class RecoverConfig(Settings):
         one_of(*LEGAL_GROUP_SIZES),
         quantised_flag("Inputs that share a scale and a zero point: 16, 32, 64 or 128."),
     ] = 32
-    error_feedback: Annotated[bool, quantised_flag("Quantise by GPTQ: later columns compensate for earlier ones.")] = (
-        False
-    )
+    error_feedback: Annotated[
+        bool,
+        quantised_flag("Quantise by GPTQ: later columns compensate for the rounding of earlier ones; for short runs."),
+    ] = False
     rank: Annotated[AtLeast1, quantised_flag("Rank of the adapters.")] = 16
     alpha: Annotated[Positive, quantised_flag("The adapters' product is scaled by alpha / rank.")] = 16.0
     scales: Annotated[bool, quantised_flag("Learn the scales besides the zero points.")] = True
