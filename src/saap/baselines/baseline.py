@@ -1,6 +1,6 @@
 """Definition of a baseline, its measurements on the dense model, and the weights of its units."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +60,9 @@ class Measurements:
             self._made[baseline.measure] = baseline.measure(self.backend, self.tokens)
         return self._made[baseline.measure]
 
-    def keep_only(self, baselines: Collection[Baseline]) -> None:
+    def keep_only(self, baselines: Iterable[Baseline | None]) -> None:
         """Forget what none of these baselines reads."""
-        for measure in self._made.keys() - {one.measure for one in baselines}:
+        for measure in self._made.keys() - {one.measure for one in baselines if one is not None}:
             del self._made[measure]
 
     def scores(self, baseline: Baseline) -> Scores:

@@ -101,14 +101,13 @@ def check_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], t
 
     Raises EvaluationError for an empty prompt, UnsupportedModelError for one that is too long.
     """
-    if any(not prompt_ids(tokenizer, one.prompt, chat=one.answer is None) for one in prompts):
-        raise EvaluationError("a prompt has no tokens", "Give prompts that are not empty")
-    lengths = [
-        len(prompt_ids(tokenizer, one.prompt, chat=one.answer is None))
-        + (tokens if one.answer is None else len(_answer_ids(tokenizer, one.answer)))
-        for one in prompts
-    ]
-    check_reads(model, max(lengths, default=0), "Use fewer --max-new-tokens or shorter prompts")
+    longest = 0
+    for one in prompts:
+        length = len(prompt_ids(tokenizer, one.prompt, chat=one.answer is None))
+        if not length:
+            raise EvaluationError("a prompt has no tokens", "Give prompts that are not empty")
+        longest = max(longest, length + (tokens if one.answer is None else len(_answer_ids(tokenizer, one.answer))))
+    check_reads(model, longest, "Use fewer --max-new-tokens or shorter prompts")
 
 
 @contextmanager

@@ -7,12 +7,12 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from saap.core.errors import ModelError, OutputError
 from saap.core.files import part_of
-from saap.models.loading.references import read_config
+from saap.models.loading.references import local_path, read_config
 
 _SPARE_BYTES = 64 * 1024**2
 
@@ -35,9 +35,7 @@ def check_place(out: Path, needed_bytes: int, flag: str = "--out") -> None:
 
 def check_source_stays(source: str | Path, out: Path) -> None:
     """Raise OutputError for an output that would replace the model that is read."""
-    read = Path(source)
-    with suppress(RuntimeError):  # an unknown user
-        read = read.expanduser()
+    read = local_path(source)
     if read.exists() and read.resolve().is_relative_to(out.resolve()):
         raise OutputError(f"The output {out} would replace the model {source}", "Choose another --out")
 

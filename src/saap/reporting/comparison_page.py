@@ -20,10 +20,12 @@ def comparison_page(comparison: Comparison, reports: Sequence[EvalReport]) -> Pa
     first = next(iter(dense.perplexity))
     best = []
     for restored, how in ((False, "cut only"), (True, "with reconstruction for all")):
-        rows = [row for row in comparison.rows if row.ratio == ratio and row.restored is restored and row.ratios[first]]
-        same = merged_over_seeds(rows)
-        values = [(fmean(row.ratios[first] or 0 for row in one), method) for (method, *_), one in same.items()]
-        best += [(how, *min(values))] if values else []
+        means = [
+            (fmean(known), method)
+            for (method, at, kind), rows in merged_over_seeds(comparison.rows).items()
+            if (at, kind) == (ratio, restored) and (known := [value for row in rows if (value := row.ratios[first])])
+        ]
+        best += [(how, *min(means))] if means else []
     count = len(comparison.methods)
     said = {"methods": count, "model": comparison.model, "text": short(first), "ratio": ratio, "best": best}
     tiles = [

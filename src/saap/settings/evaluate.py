@@ -108,8 +108,7 @@ class EvalRequest(Settings):
             ("--perplexity", self.texts, ("stride", "max_tokens")),
             ("--tasks", self.tasks, ("task_data", "limit", "rounded")),
         ):
-            asked = [name for name in names if getattr(self, name) not in (None, False)]
-            if asked and not measured and (given := self.flags_given(*asked)):
+            if not measured and (given := self.flags_changed(*names)):
                 raise ValueError(f"nothing reads {' and '.join(given)} without {flag}", f"Add {flag}, or leave it out")
         return self
 

@@ -257,8 +257,7 @@ class PruneConfig(Settings):
         }  # fmt: skip
         fast, roles = self.target_speedup is not None, set(self.roles)
         untimed = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in roles]
-        unread = [] if self.skip_layers is None else self.flags_given("skip_layers")
-        unread += [] if self.strategy is Strategy.ADAPTIVE else self.flags_given("strategy")
+        unread = self.flags_changed("skip_layers", "strategy")
         of_tokens = PrunableRole.VOCABULARY in roles or bool(self.languages)
         faults = (
             *vocabulary_faults(sizes, wanted=of_tokens, targets=given, others=roles != {PrunableRole.VOCABULARY}), (

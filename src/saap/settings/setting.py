@@ -116,6 +116,11 @@ class Settings(BaseModel):
         """The flags of these fields that were given a value; of all fields if none is named."""
         return [setting.flag for setting in settings_of(type(self), fields) if setting.field in self.model_fields_set]
 
+    def flags_changed(self, *fields: str) -> list[str]:
+        """Those of `flags_given` whose value is not the default."""
+        defaults = {name: info.default for name, info in type(self).model_fields.items()}
+        return [flag for name in fields if getattr(self, name) != defaults[name] for flag in self.flags_given(name)]
+
 
 def require_none(faults: Iterable[tuple[object, str, str]]) -> None:
     """Raise ValueError for the first fault that holds. faults: whether, the problem, and the remedy."""

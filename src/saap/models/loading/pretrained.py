@@ -134,15 +134,17 @@ def _note_own_head(model: Any) -> None:
 def model_without_weights(
     resolved: ResolvedModel, dtype: torch.dtype | None = None, *, with_buffers: bool = False
 ) -> Any:
-    """A model with the right classes and shapes on the meta device. Raises ModelError if it cannot be created.
+    """A model with the right classes and shapes on the meta device, tied as its configuration says.
 
-    with_buffers: whether computed buffers have values.
+    with_buffers: whether computed buffers have values. Raises ModelError if it cannot be created.
     """
     empty = init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta")
     config = load_config(resolved)
     with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), empty:
         trusted = resolved.trust_remote_code
         model = _auto_class(resolved).from_config(config, dtype=dtype or resolved.dtype, trust_remote_code=trusted)
+    if with_buffers:  # each parameter has become one of its own
+        model.tie_weights()
     return model.eval().requires_grad_(False)
 
 
@@ -258,7 +260,6 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
     elif resolved.gguf_file is None and not resolved.trust_remote_code:
         reason = "its files have other names for the weights than the model"
         model = model_without_weights(resolved, dtype, with_buffers=True)
-        model.tie_weights()
         stored = with_model_names(model, StoredTensors.in_files(weight_files(resolved.folder)))
         parameters = dict(model.named_parameters(remove_duplicate=False))
         buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}

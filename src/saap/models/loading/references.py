@@ -78,10 +78,7 @@ def resolve_model(
     config.json, weights only as pickle, a damaged or missing safetensors file, an index that points outside its folder,
     weights in another quantised format than `DEQUANTISED`, and untrusted code.
     """
-    source = str(model)
-    path = Path(model)
-    with suppress(RuntimeError):  # an unknown user
-        path = path.expanduser()
+    source, path = str(model), local_path(model)
     if source in PACKAGED_MODELS and not path.exists():
         path = packaged_file(source)
     if revision is not None and path.exists():
@@ -107,6 +104,13 @@ def resolve_model(
     if quantisation is not None:
         dtype = torch.bfloat16
     return ResolvedModel(source, path, dtype, revision, trust_remote_code, quantisation=quantisation)
+
+
+def local_path(model: str | Path) -> Path:
+    """The place that a reference names if it is a path; a home folder is that of its user, if there is one."""
+    with suppress(RuntimeError):
+        return Path(model).expanduser()
+    return Path(model)
 
 
 def _quantisation_of(folder: Path, config: dict[str, Any]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ from saap.core.records import ModelGraph, Role
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.linear import weight_out_in
 from saap.models.structure.routing import never_chosen
+from saap.models.walk.walker import find_hidden
 
 
 @contextmanager
@@ -59,8 +59,7 @@ def _zero_channels(removed: Tensor, module: nn.Module, arguments: tuple[Any, ...
 
 
 def _pass_through(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-    first = (name for name in inspect.signature(type(module).forward).parameters if name != "self")
-    hidden = arguments[0] if arguments else keywords[next(first)]
+    hidden = find_hidden(module, arguments, keywords)[1]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 

@@ -176,7 +176,7 @@ class BlockWalker:
                 raise UnsupportedModelError(
                     f"Block call {turn + 1} of a forward is not that of block {turn + 1} of {count}", ONCE
                 )
-            name, hidden = _find_hidden(block, arguments, keywords)
+            name, hidden = find_hidden(block, arguments, keywords)
             entries.append(hidden)
             if hidden is not entries[0] and not torch.equal(hidden.to(entries[0].device), entries[0]):
                 raise UnsupportedModelError(
@@ -298,11 +298,11 @@ class BlockWalker:
                 output = forward(*arguments, **keywords)
             self._extra_outputs[kind] = len(output) - 1 if isinstance(output, (tuple, list)) else None
         extra = self._extra_outputs[kind]
-        given = _find_hidden(block, arguments, keywords)[1] if hidden is None else hidden
+        given = find_hidden(block, arguments, keywords)[1] if hidden is None else hidden
         return given if extra is None else (given, *[None] * extra)
 
 
-def _find_hidden(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[str | None, Tensor]:
+def find_hidden(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[str | None, Tensor]:
     """Keyword of the hidden states (None: the first positional argument), and the hidden states."""
     if arguments:
         name, hidden = None, arguments[0]

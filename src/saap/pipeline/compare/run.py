@@ -162,8 +162,7 @@ class _Bench:
                 paths = {ratio: path for ratio, kind, path in here if kind is restored}
                 self._make_alike(choice.label, *scored, restored, paths, dense)
             left.remove(choice)
-            baselines = [baseline_of(one.method) for one in left]
-            measurements(shared).keep_only([one for one in baselines if one is not None])
+            measurements(shared).keep_only(baseline_of(one.method) for one in left)
 
     def _share(self, seed: int, options: RunOptions) -> Run:
         """The calibration of one seed and the baselines' measurements with it, the same for every method."""

@@ -136,7 +136,6 @@ def inspect_model(source: str, options: RunOptions) -> dict[str, Any]:
     """The coupled structures of a model as JSON-able data: sizes, rows per role, what is not pruned and why."""
     resolved = resolve_model(source, options.revision, options.trust_remote_code, weights=False)
     model = model_without_weights(resolved, with_buffers=True)
-    model.tie_weights()
     ref = ModelRef(source=source, config_digest="", weights_digest="")  # nothing is compared with it
     graph = discover(model, ref, finer_heads=True)
     return {

@@ -57,13 +57,13 @@ def plan_targets(config: PruneConfig, options: RunOptions, source: Any = None, *
     for target in targets:
         if path is not None and target.path is not None:
             _require_apart(path, target.path)
-            for made in (target.path, records_of(target.path)):
-                check_work_outside(path, made)
+            check_work_outside(path, target.path)
         done = path is not None and path.is_dir() and finished_report(WorkFolder(path), target) is not None
         if not check or target.path is None or done:
             continue
-        for made in (target.path, records_of(target.path)) if isinstance(source, (str, Path)) else ():
-            check_source_stays(source, made)
+        if isinstance(source, (str, Path)):
+            for made in (target.path, records_of(target.path)):
+                check_source_stays(source, made)
         if is_file(target.path):
             check_file(target.path, 0, overwrite=options.overwrite)
             check_records(records_of(target.path), overwrite=options.overwrite)
@@ -170,6 +170,9 @@ def _require_apart(work: Path, out: Path) -> None:
 
 
 def check_work_outside(work: Path | None, result: Path | None) -> None:
-    """Raise ConfigurationError if the work folder would lie in a result, which replaces what is there."""
-    if work is not None and result is not None and work.resolve().is_relative_to(result.resolve()):
-        raise ConfigurationError(f"--work-dir {work} would be in {result}, which the result replaces", _OUTSIDE)
+    """Raise ConfigurationError if the work folder would lie in a result or its records, which are replaced."""
+    if work is None or result is None:
+        return
+    for made in (result, records_of(result)):
+        if work.resolve().is_relative_to(made.resolve()):
+            raise ConfigurationError(f"--work-dir {work} would be in {made}, which the result replaces", _OUTSIDE)
