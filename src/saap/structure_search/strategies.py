@@ -163,7 +163,7 @@ def adaptive(problem: SearchProblem) -> Proposal:
     for start in starts:
         measure(start)
     orders = min(measured, key=itemgetter(0))[1].orders
-    for proposal in _named(problem, orders):
+    for proposal in _named(problem, orders, portions=(0.0, 1.0) if ranking is not None else (0.0, 0.5, 1.0)):
         measure(proposal)
     best_loss, best = min(measured, key=itemgetter(0))
     pairs = zip(problem.variables, best.sizes, strict=True)
@@ -221,15 +221,16 @@ def _starts(problem: SearchProblem, ranking: Sequence[Decrement] | None) -> list
     return [*starts, problem.propose(name, decrements, importance_order(problem.scores))]
 
 
-def _named(problem: SearchProblem, orders: Orders) -> list[Proposal]:
-    """Uniform plans with shares of attention, module importance, the literal readings.
+def _named(problem: SearchProblem, orders: Orders, portions: Sequence[float]) -> list[Proposal]:
+    """Uniform plans with portions of the attention modules, module importance, the literal readings.
 
-    orders: of the units in the plans that only say how much each module loses.
+    orders: of the units in the plans that only say how much each module loses. portions: the least important attention
+    modules that lose as much as the FFN, the others nothing; a ranking by cost has mixed the two already.
     """
     variables = problem.variables
-    portions = (0.0, 1.0) if any(variable.of_heads for variable in variables) else (1.0,)
+    portions = portions if any(variable.of_heads for variable in variables) else (1.0,)
     shares = {
-        f"uniform, attention {portion:g}, ends protected": uniform_shares(problem, attention=portion)
+        f"uniform, attention {portion:g}, ends protected": _least_important_attention(problem, portion)
         for portion in portions
     }
     shares[f"module importance, spread {SPREAD:g}"] = module_shares(variables, problem.scores, attention=0.3)
@@ -237,6 +238,19 @@ def _named(problem: SearchProblem, orders: Orders) -> list[Proposal]:
         *(problem.propose(name, problem.by_share(each), orders) for name, each in shares.items()),
         *(strategy(problem) for strategy in (importance, volatility_z, volatility_cv)),
     ]
+
+
+def _least_important_attention(problem: SearchProblem, portion: float) -> list[float]:
+    """The uniform shares, in which only this portion of the attention modules, the least important ones, lose units.
+
+    All of them at once would lose their first unit at the same ratio: where each has three, a third of attention.
+    """
+    shares = uniform_shares(problem, attention=1.0)
+    values = module_importance(problem.variables, problem.scores)
+    heads = [index for index, one in enumerate(problem.variables) if one.of_heads and shares[index] > 0]
+    for index in sorted(heads, key=values.__getitem__)[round(portion * len(heads)) :]:
+        shares[index] = 0.0
+    return shares
 
 
 def _mutated(problem: SearchProblem, decrements: Sequence[Decrement], genes: np.ndarray[Any, Any]) -> list[Decrement]:
