@@ -120,9 +120,8 @@ class Pruning:
         guide = SearchGuide()
         if variant.search:
             guide = SearchGuide(
-                evaluator=self._evaluator, evaluations=self._chosen["candidates"], reconstructed=True,
-                seed=self._chosen["seed"],
-            )  # fmt: skip
+                evaluator=self._evaluator, evaluations=self._chosen["candidates"], seed=self._chosen["seed"]
+            )
         budget = budget_for_ratio(graph, self._chosen["pruning ratio"])
         return search(graph, self._scores, budget, space, Strategy.ADAPTIVE, guide)
 

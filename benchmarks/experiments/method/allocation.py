@@ -115,7 +115,7 @@ class Prepared:
         """The plan of one allocation for one budget."""
         graph, budget = self._dense.graph, budget_for_ratio(self._dense.graph, ratio)
         if name == "evolution":
-            guide = SearchGuide(evaluator=self._masking, evaluations=self._candidates, reconstructed=True)
+            guide = SearchGuide(evaluator=self._masking, evaluations=self._candidates)
             return search(graph, self._scores, budget, self._space, Strategy.ADAPTIVE, guide)
         problem = SearchProblem(graph, build_variables(graph, self._space), self._scores, budget)
         proposals: dict[str, Callable[[], Proposal]] = {
