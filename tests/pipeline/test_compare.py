@@ -77,6 +77,8 @@ def test_every_row_is_there_with_as_many_parameters(done) -> None:
     assert all(row["ratios"]["bundled"] > 0 and row["tasks"]["made"]["questions"] == 6 for row in rows)
     assert {row["restored"] for row in rows} == {False, True}
     assert all(set(row["seconds"]) == {"score", "search", "make"} for row in rows)
+    for method in METHODS:  # one search, whether its plan is reconstructed or only cut
+        assert len({row["seconds"]["search"] for row in rows if row["method"] == method}) == 1
 
 
 def test_rows_that_are_there_are_not_made_again_and_more_can_be_added(source, done) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from saap.core.errors import CalibrationError, ConfigurationError
 from saap.core.evaluation_records import COMPARISON, Comparison, ComparisonRow, DenseRow, StageSeconds
 from saap.core.manifest import recorded_versions, typed_command
-from saap.core.records import ImportanceScores, IntArray, ModelGraph
+from saap.core.records import ImportanceScores, IntArray, ModelGraph, StructurePlan
 from saap.core.storage import write_whole
 from saap.data.pairs import pairs_file
 from saap.discovery import discover
@@ -156,11 +156,13 @@ class _Bench:
         shared, seconds = self._share(seed, options), dict[str, float]()
         left = list(dict.fromkeys(choice for choice, *_ in lacking))
         for choice, group in groupby(lacking.items(), key=lambda row: row[0][0]):
+            run, scores, scoring = self._score(shared, choice, seconds)
             here = [(ratio, restored, path) for (_, ratio, restored), path in group]
-            scored = self._score(shared, choice, seconds)
-            for restored in dict.fromkeys(kind for _, kind, _ in here):
-                paths = {ratio: path for ratio, kind, path in here if kind is restored}
-                self._make_alike(choice.label, *scored, restored, paths, dense)
+            plans, searching = self._plans(run, scores, tuple(dict.fromkeys(ratio for ratio, *_ in here)))
+            spent = StageSeconds(score=scoring, search=searching, make=0.0)
+            for ratio, restored, path in here:
+                one = dataclasses.replace(run, config=run.config.model_copy(update={"restore": restored}))
+                self.rows.write(path, self._make_row(choice.label, one, scores, ratio, plans[ratio], spent, dense))
             left.remove(choice)
             measurements(shared).keep_only(baseline_of(one.method) for one in left)
 
@@ -200,39 +202,37 @@ class _Bench:
             scores = carry_out(run, ("scores",))["scores", ""]
         return run, scores, time.perf_counter() - start + shared_seconds.get(needs, 0.0)
 
-    def _make_alike(
-        self, label: str, run: Run, scores: ImportanceScores, scoring: float, restored: bool,
-        paths: Mapping[float, Path], dense: DenseRow,
-    ) -> None:  # fmt: skip
-        """Plan, make and measure rows that are all reconstructed or all cut only: a search may depend on that.
-
-        scoring: seconds. paths: of the rows by their ratio.
-        """
-        config = run.config.model_copy(update={"restore": restored})
-        run = dataclasses.replace(run, config=config)
-        targets = _targets(config.model_copy(update={"pruning_ratios": tuple(paths)}), self.graph, self.loaded)
+    def _plans(
+        self, run: Run, scores: ImportanceScores, ratios: tuple[float, ...]
+    ) -> tuple[dict[float, StructurePlan], float]:
+        """The plan of each ratio, whether reconstructed or only cut, and the seconds that each took."""
+        targets = _targets(run.config.model_copy(update={"pruning_ratios": ratios}), self.graph, self.loaded)
         start = time.perf_counter()
         plans = plans_for(run, targets, scores)
-        searching = (time.perf_counter() - start) / len(targets)
-        for target, (ratio, path) in zip(targets, paths.items(), strict=True):
-            start, before = time.perf_counter(), len(self.meter.stages)
-            shown = f"{label}, {ratio:g}{', reconstructed' if restored else ''}"
-            model = copied(self.loaded.model)
-            with self.meter.stage(f"{shown}: make"):
-                plan, _ = cut_and_restore(run, model, plans[target.name], scores)
-            seconds = StageSeconds(score=scoring, search=searching, make=time.perf_counter() - start)
-            with self.meter.stage(f"{shown}: measure"):
-                found = self._measured(model, self.request.asks_tasks(ratio))
-            del model  # before the next one is copied
-            quotients = {text: one.value / dense.perplexity[text].value for text, one in found["perplexity"].items()}
-            row = ComparisonRow(
-                **found, method=label, ratio=ratio, seed=config.seed, restored=restored, seconds=seconds,
-                pruning_ratio=1 - plan.block_parameters / self.graph.block_parameters,
-                ratios={text: value if value < LARGEST_RATIO else None for text, value in quotients.items()},
-                kept_accuracy=kept_accuracy(dense.tasks, found["tasks"]) if found["tasks"] else None,
-                peak_resident_bytes=max(stage.peak_resident_bytes for stage in self.meter.stages[before:]),
-            )  # fmt: skip
-            self.rows.write(path, row)
+        seconds = (time.perf_counter() - start) / len(targets)
+        return {ratio: plans[target.name] for ratio, target in zip(ratios, targets, strict=True)}, seconds
+
+    def _make_row(
+        self, label: str, run: Run, scores: ImportanceScores, ratio: float, plan: StructurePlan, spent: StageSeconds,
+        dense: DenseRow,
+    ) -> ComparisonRow:  # fmt: skip
+        """Make and measure the model of a plan. spent: seconds on the scores and the search."""
+        start, before, restored = time.perf_counter(), len(self.meter.stages), run.config.restore
+        shown = f"{label}, {ratio:g}{', reconstructed' if restored else ''}"
+        model = copied(self.loaded.model)
+        with self.meter.stage(f"{shown}: make"):
+            made, _ = cut_and_restore(run, model, plan, scores)
+        seconds = spent.model_copy(update={"make": time.perf_counter() - start})
+        with self.meter.stage(f"{shown}: measure"):
+            found = self._measured(model, self.request.asks_tasks(ratio))
+        quotients = {text: one.value / dense.perplexity[text].value for text, one in found["perplexity"].items()}
+        return ComparisonRow(
+            **found, method=label, ratio=ratio, seed=run.config.seed, restored=restored, seconds=seconds,
+            pruning_ratio=1 - made.block_parameters / self.graph.block_parameters,
+            ratios={text: value if value < LARGEST_RATIO else None for text, value in quotients.items()},
+            kept_accuracy=kept_accuracy(dense.tasks, found["tasks"]) if found["tasks"] else None,
+            peak_resident_bytes=max(stage.peak_resident_bytes for stage in self.meter.stages[before:]),
+        )  # fmt: skip
 
     def _measured(self, model: nn.Module, with_tasks: bool) -> dict[str, Any]:
         """Size, perplexities, tokens per second over the first text, and tasks of a model."""
