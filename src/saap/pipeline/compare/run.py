@@ -122,8 +122,7 @@ def _tokens(loaded: LoadedModel, request: CompareRequest, seed: int) -> TokenSet
 
 
 def _targets(config: PruneConfig, graph: ModelGraph, loaded: LoadedModel) -> list[Target]:
-    suffix = "-restored" if config.restore else ""
-    named = [Target(f"{ratio:g}{suffix}", None, None) for ratio in config.pruning_ratios]
+    named = [Target(f"{ratio:g}", None, None) for ratio in config.pruning_ratios]
     return with_budgets(named, config, graph, loaded.dtype)
 
 
