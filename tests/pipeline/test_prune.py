@@ -98,6 +98,15 @@ def test_same_seed_same_bits(source: Path, tmp_path: Path) -> None:
     assert first == second
 
 
+def test_cutting_only_needs_no_text_for_a_reconstruction(source: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text(" ".join(f"word number {n}" for n in range(50)))
+    settings = {"pruning_ratio": 0.2, "calibration": text, "num_samples": 4, "sample_length": 32, "align": 8}
+    assert saap.prune(source, restore=False, **settings).report.pruning_ratio >= 0.2
+    with pytest.raises(saap.SaapError, match=r"at least .* are needed"):
+        saap.prune(source, **settings)
+
+
 def test_several_ratios_share_one_estimation(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     stock = planning.estimate

@@ -152,8 +152,12 @@ def _from_texts(
                 windows[body.name] += [
                     np.array([*leading, *stream[start : start + body.length]]) for start in starts[body.name]
                 ]
+    empty = {request.name: np.empty((0, request.length), np.int64) for request in requests}
     # Shuffled, so that the first or last part of a set is not one kind of text only.
-    return {name: np.stack(taken)[generator.permutation(len(taken))] for name, taken in windows.items()}
+    return {
+        name: np.stack(taken)[generator.permutation(len(taken))] if taken else empty[name]
+        for name, taken in windows.items()
+    }
 
 
 def given_ids(calibration: Any) -> IntArray | None:
@@ -176,8 +180,8 @@ def check_vocabulary(windows: Mapping[str, IntArray], vocabulary: int | None, to
     """Raise CalibrationError for an id outside the model's embedding of `vocabulary` rows."""
     if vocabulary is None:
         return
-    least = min(int(tokens.min()) for tokens in windows.values())
-    largest = max(int(tokens.max()) for tokens in windows.values())
+    ids = [tokens for tokens in windows.values() if tokens.size]
+    least, largest = min(int(tokens.min()) for tokens in ids), max(int(tokens.max()) for tokens in ids)
     if least < 0 or largest >= vocabulary:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         origin = "the token ids given" if tokenizer is None else f"the tokenizer {name} ({len(tokenizer)} tokens)"

@@ -105,7 +105,7 @@ class TokenSets:
     def longest(self, model: nn.Module) -> torch.Tensor:
         """One sequence (1, length) of the maximum length to be used, on the model's device."""
         window = max(self.evaluation.values(), key=len)[None, : default_window(model)]
-        rows = [*(one.tokens[:1] for one in (self.scored, self.held, self.refit)), window]
+        rows = [*(one.tokens[:1] for one in (self.scored, self.held, self.refit) if len(one.tokens)), window]
         return torch.from_numpy(max(rows, key=lambda row: row.shape[1])).to(next(model.parameters()).device)
 
 
@@ -205,7 +205,8 @@ def draw_tokens(
         SampleRequest("scored", config.samples, scored_length, at_least=enough),
         SampleRequest("held", settings.held_sequences, held_length, held_out=True, at_least=1),
         SampleRequest(
-            "refit", settings.refit_sequences * settings.refit_length // refit_length, refit_length, at_least=4
+            "refit", settings.refit_sequences * settings.refit_length // refit_length, refit_length,
+            at_least=4 if config.restore else 0,
         ),
     ]
     rows = embedding_rows(loaded.model)
