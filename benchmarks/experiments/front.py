@@ -32,6 +32,10 @@ RECORDING = ROOT / "docs" / "front" / "terminal.cast.gz"
 ENDING = re.compile(r"took (\d+) s, at most ([\d.]+) GB of memory")
 DODGE = 0.35
 """Distance of the methods in a panel with one pruning ratio, in percent."""
+LARGEST = 50.0
+"""Ratio at the upper end of the axis; larger ones are outside."""
+NARROWEST = 3.5
+"""A panel has room for its title: its width, in pruning ratios."""
 GREY = "#888888"
 
 
@@ -173,7 +177,7 @@ def quality(found: Sequence[Point]) -> Figure:
         axis.remove()
         shown = shown_in(found)
         removed = {model: sorted({100 * point.removed for point in found if point.model == model}) for model in shown}
-        widths = [len(places) + 1 for places in removed.values()]
+        widths = [max(NARROWEST, len(places) + 1) for places in removed.values()]
         panels = canvas.subplots(1, len(shown), sharey=True, squeeze=False, width_ratios=widths)[0]
         for panel, model in zip(panels, shown, strict=True):
             _draw_panel(panel, [point for point in found if point.model == model], removed[model])
@@ -194,7 +198,8 @@ def _draw_panel(panel: Any, found: Sequence[Point], removed: Sequence[float]) ->
             places = [100 * place + shift for place, _ in mine]
             panel.plot(places, [ratio for _, ratio in mine], **_look(index, restored))
     panel.set_yscale("log")
-    plain_ticks(panel.yaxis, 1.0, 30.0)
+    plain_ticks(panel.yaxis, 1.0, LARGEST)
+    panel.set_ylim(0.9, LARGEST)  # a single one of a million would leave no room for the others
     panel.set_xticks(removed, [f"{place:g}" for place in removed])
     panel.margins(x=0.15)
     if len(removed) == 1:
