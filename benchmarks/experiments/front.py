@@ -103,7 +103,7 @@ def front(request: Request) -> dict[str, Any]:
     return {
         "points": points(request), "missing": [name for name in NAMES.values() if name not in compared],
         "removed": experiment("quality.models").chosen(request)["pruning ratio"], "at": at, "runs": _runs(request),
-        "smallest": NAMES[models.SMOLLM2], "session": session(),
+        "smallest": NAMES[models.SMOLLM2], "session": session(), "largest": LARGEST,
     }  # fmt: skip
 
 

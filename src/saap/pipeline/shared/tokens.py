@@ -205,7 +205,9 @@ def draw_tokens(
         SampleRequest("scored", config.samples, scored_length, at_least=enough),
         SampleRequest("held", settings.held_sequences, held_length, held_out=True, at_least=1),
         SampleRequest(
-            "refit", settings.refit_sequences * settings.refit_length // refit_length, refit_length,
+            "refit",
+            settings.refit_sequences * settings.refit_length // refit_length,
+            refit_length,
             at_least=4 if config.restore else 0,
         ),
     ]
