@@ -202,9 +202,9 @@ def findings_of(
             "such measurements; run again when it is quiet, without the table in the cache folder"
         )
     most = 12 * run.graph.parameters * run.loaded.dtype.itemsize + 4 * 10**9
+    flags = "--refit-tokens or --num-samples" if run.config.restore else "--num-samples"
     return findings + [
-        f"stage {stage.name!r} used {stage.peak_resident_bytes / 1e9:.1f} GB, over 12 times the weights: "
-        "lower --refit-tokens or --num-samples."
+        f"stage {stage.name!r} used {stage.peak_resident_bytes / 1e9:.1f} GB, over 12 times the weights: lower {flags}."
         for stage in run.meter.stages
         if stage.peak_resident_bytes > most
     ]
