@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from harness.experiment import Request, Values, experiment
 from harness.store import ROOT, finished_cells
+from lab.measures import geometric_mean
 
 from experiments.quality import comparison, models
 from saap.reporting.figures import COLOURS, MARKERS, Figure, plain_ticks
@@ -103,7 +104,7 @@ def front(request: Request) -> dict[str, Any]:
     return {
         "points": points(request), "missing": [name for name in NAMES.values() if name not in compared],
         "removed": experiment("quality.models").chosen(request)["pruning ratio"], "at": at, "runs": _runs(request),
-        "smallest": NAMES[models.SMOLLM2], "session": session(), "largest": LARGEST,
+        "smallest": NAMES[models.SMOLLM2], "session": session(), "largest": LARGEST, "kinds": _by_kind(request),
     }  # fmt: skip
 
 
@@ -124,6 +125,23 @@ def _at(request: Request) -> list[Values]:
         if presets and theirs:
             baselines = [(STATES[state], ratio) for state, ratio in theirs.items()]
             found.append({"model": name, "ours": presets, "baselines": baselines})
+    return found
+
+
+def _by_kind(request: Request) -> list[Values]:
+    """For each model with both in one preset, our perplexity over LLM-Pruner's, reconstructed alike, on all texts."""
+    cells, found = cells_of("quality.models", request), list[Values]()
+    for model, name in NAMES.items():
+        ours, theirs = (cells.get(f"{model}/{run}") for run in ("fast", "llm-pruner-restored"))
+        if ours is not None and theirs is not None:
+            quotients = [
+                ours[part][text] / theirs[part][text]
+                for part in ("ratio", "kinds") for text in ours[part].keys() & theirs[part].keys()
+            ]  # fmt: skip
+            found.append({
+                "model": name, "texts": len(quotients), "least": min(quotients), "most": max(quotients),
+                "mean": geometric_mean(quotients),
+            })  # fmt: skip
     return found
 
 
