@@ -48,6 +48,7 @@ SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.Embedding, ("num_embeddings", "embedding_dim")),
 )
 
+
 # Roles whose sizes vLLM reads from the configuration.
 ROLES_OF_VLLM = ("attention", "query", "hidden")
 UNLOADED_BY_VLLM = ("gpt2",)  # in its Transformers backend, and dense ones neither
@@ -296,8 +297,7 @@ def _resized(stock_model: Any, config: Any, auto: Any, entry: type) -> Any:
         _auto_class = auto.__name__
 
         def __init__(self, config: PretrainedConfig, *arguments: Any, **kwargs: Any) -> None:
-            structure, text = cast(Any, config).pruned_structure, config.get_text_config()
-            in_vllm = getattr(text, "_attn_implementation", None) == "vllm"
+            structure, in_vllm = cast(Any, config).pruned_structure, _attention(config) == "vllm"
             reason = vllm_refusal(stock_model, config.to_dict()) if in_vllm else None
             if reason is not None:
                 raise ValueError(f"vLLM cannot run this folder: {reason}. Or use transformers.")
@@ -345,6 +345,10 @@ def read_dense_sizes(config: Any) -> None:
             for name in getattr(part, "per_layer_attributes", None) or ():
                 getattr(part, name)
     logger.setLevel(level)
+
+
+def _attention(config: Any) -> str | None:
+    return getattr(config.get_text_config(), "_attn_implementation", None)
 
 
 def vllm_refusal(stock_model: Any, config: Mapping[str, Any]) -> str | None:
