@@ -152,10 +152,10 @@ def _from_texts(
                 windows[body.name] += [
                     np.array([*leading, *stream[start : start + body.length]]) for start in starts[body.name]
                 ]
-    empty = {request.name: np.empty((0, request.length), np.int64) for request in requests}
+    lengths = {request.name: request.length for request in requests}
     # Shuffled, so that the first or last part of a set is not one kind of text only.
     return {
-        name: np.stack(taken)[generator.permutation(len(taken))] if taken else empty[name]
+        name: np.array(taken, np.int64).reshape(-1, lengths[name])[generator.permutation(len(taken))]
         for name, taken in windows.items()
     }
 
@@ -180,8 +180,8 @@ def check_vocabulary(windows: Mapping[str, IntArray], vocabulary: int | None, to
     """Raise CalibrationError for an id outside the model's embedding of `vocabulary` rows."""
     if vocabulary is None:
         return
-    ids = [tokens for tokens in windows.values() if tokens.size]
-    least, largest = min(int(tokens.min()) for tokens in ids), max(int(tokens.max()) for tokens in ids)
+    ids = np.concatenate([tokens.ravel() for tokens in windows.values()])
+    least, largest = int(ids.min()), int(ids.max())
     if least < 0 or largest >= vocabulary:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         origin = "the token ids given" if tokenizer is None else f"the tokenizer {name} ({len(tokenizer)} tokens)"
