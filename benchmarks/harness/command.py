@@ -39,6 +39,8 @@ def parse() -> tuple[argparse.Namespace, Request]:
     given = parser.parse_args()
     if given.command == "measure" and len(given.names) != 1:
         parser.error("measure takes one name")
+    if given.cells and given.command != "measure":
+        parser.error("--cells is of measure")
     if not set(given.names) <= set(BY_NAME):
         parser.error(f"the experiments are {', '.join(BY_NAME)}")
     given.chosen = [BY_NAME[name] for name in given.names] or EXPERIMENTS

@@ -43,6 +43,7 @@ FLAGS: list[Case] = [
         ("1.2", "1.2 is out of range"), ("1", "1 is out of range"), ("-0.1", "-0.1 is out of range"),
         ("nan", "nan is out of range"), ("inf", "inf is out of range"), ("many", "'many' is not a number"),
         ("", "'' is not a number"), ("0.2,", "'0.2,' is not a number"), ("0.2,0.2", "same value twice"),
+        ("0.3333333,0.3333334", "same value twice"),
     )],
     *[((*PRUNE, "--target-params", text), text) for text in ("5 apples", "-5M", "1e6", "1.5.2M")],
     ((*PRUNE, "--target-params", "0"), "--target-params 0"),

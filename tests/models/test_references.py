@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from saap.core.errors import ModelError
+from saap.models.checkpoint.gguf_files import state_expert_sizes
 from saap.models.loading import references
-from saap.models.loading.gguf_experts import state_expert_sizes
 from saap.models.loading.pretrained import load, load_model, load_tokenizer, model_ref, model_without_weights
 from saap.models.loading.references import resolve_model
 

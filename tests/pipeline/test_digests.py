@@ -19,7 +19,7 @@ def test_words_that_are_names_of_files_by_chance_are_not_digested(
         (tmp_path / name).write_text(name)
     settings = {
         "method": "saap",
-        "calibration": ["code", "text.txt", "missing.txt"],
+        "calibration": ["code", "text.txt", "missing.txt", "a text, longer than a name. " * 20],
         "speed": {"prompts": "prompts.txt"},
     }
     assert sorted(named_files({**settings, "plan": None})) == ["prompts.txt", "text.txt"]

@@ -189,6 +189,11 @@ def test_a_limit_larger_than_the_need_changes_nothing(source: Path, tmp_path: Pa
     assert result.report.answer or result.report.prompt
 
 
+def test_trusting_code_that_is_not_there_changes_nothing(source: Path, tmp_path: Path, counts: list[int]) -> None:
+    saap.prune(source, pruning_ratio=0.2, out=tmp_path / "out", max_memory=1, trust_remote_code=True, **SETTINGS)
+    assert counts
+
+
 def test_estimate_by_folder(source: Path, tmp_path: Path, counts: list[int]) -> None:
     graph = saap.discover(source)
     tokens = np.random.default_rng(0).integers(2, 300, (4, 32))

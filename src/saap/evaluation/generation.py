@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import takewhile
@@ -110,17 +109,6 @@ def check_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], t
     check_reads(model, longest, "Use fewer --max-new-tokens or shorter prompts")
 
 
-@contextmanager
-def _finite_logits() -> Iterator[None]:
-    """Raise EvaluationError where sampling fails as logits are not finite."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise EvaluationError("the model's logits are not finite", "Use --dtype float32") from None
-
-
 @torch.no_grad()
 def write(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int, sampled: bool, seed: int = 0
@@ -139,13 +127,18 @@ def write(
     written = []
     for index, prompt in enumerate(prompts):
         ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
-        if sampled:
-            torch.manual_seed(seed + index)
-        with plain_generation(model, ends), _finite_logits():
-            made = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=padding,
-                do_sample=sampled, **sampling,
-            )[0, ids.shape[1] :].tolist()  # fmt: skip
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), plain_generation(model, ends):
+            if sampled:
+                torch.manual_seed(seed + index)
+            try:
+                made = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=padding,
+                    do_sample=sampled, **sampling,
+                )[0, ids.shape[1] :].tolist()  # fmt: skip
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise EvaluationError("the model's logits are not finite", "Use --dtype float32") from None
         made = list(takewhile(lambda token: token not in ends, made))
         text = str(tokenizer.decode(made, skip_special_tokens=True))
         written.append(Written(prompt=prompt, text=text, ids=tuple(made)))

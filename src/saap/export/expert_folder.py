@@ -195,7 +195,7 @@ def _fields(folder: Path, names: Sequence[str], config: Any) -> tuple[tuple[str,
     known = {alias for alias, name in text.attribute_map.items() if name in names} | set(names)
     inner = written.get("text_config")
     found: list[tuple[str, ...]] = [(name,) for name in sorted(known) if isinstance(written.get(name), int)]
-    found += [("text_config", name) for name in sorted(known) if isinstance(inner, dict) and name in inner]
+    found += [("text_config", name) for name in sorted(known) if isinstance((inner or {}).get(name), int)]
     if not found:
         raise ExportError(f"{folder / 'config.json'} has no field {' or '.join(sorted(known))}", _REMEDY)
     return tuple(found)

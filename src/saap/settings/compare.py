@@ -66,7 +66,7 @@ class CompareRequest(Settings):
     evaluation: Annotated[
         EvalRequest,
         Only(
-            ("texts", "window", "bos", "max_tokens", "tasks", "task_data", "limit", "rounded"), {"texts": ("bundled")}
+            ("texts", "window", "bos", "max_tokens", "tasks", "task_data", "limit", "rounded"), {"texts": ("bundled",)}
         ),
     ]
     task_ratios: Annotated[

@@ -285,7 +285,7 @@ def _one_or_several(given: Any) -> Any:
 
 
 def _different(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(values)) < len(values):
+    if len({f"{one:g}" if isinstance(one, float) else one for one in values}) < len(values):  # as files are named
         raise ValueError("has the same value twice", "Give each once")
     return values
 

@@ -17,6 +17,12 @@ from saap.models.checkpoint.safetensor_files import Shape
 
 _TYPES = gguf.GGUFValueType
 _VERSIONS = (2, 3)
+# Field of a configuration by the key in the file, for sizes that transformers leaves at their defaults.
+_SIZES = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+_NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class GgufField(NamedTuple):
@@ -89,7 +95,10 @@ def read_header(path: Path) -> GgufHeader:
 
 def _header(file: BinaryIO) -> GgufHeader:
     fields, places = dict[str, GgufField](), dict[str, slice]()
-    count, keys = _counts(file)
+    magic, version = _values(file, _TYPES.UINT32, 2)
+    if magic != gguf.GGUF_MAGIC or version not in _VERSIONS:
+        raise ValueError(f"it is not a little-endian GGUF file of version {' or '.join(map(str, _VERSIONS))}")
+    count, keys = _values(file, _TYPES.UINT64, 2)
     for _ in range(keys):
         (key,) = _values(file, _TYPES.STRING, 1)
         fields[key] = field = _field(file)
@@ -117,12 +126,23 @@ def bytes_per_token(path: Path) -> int:
     return read - (stacks - stacks * chosen // count if count else 0)
 
 
-def _counts(file: BinaryIO) -> list[int]:
-    """Numbers of tensors and of fields."""
-    magic, version = _values(file, _TYPES.UINT32, 2)
-    if magic != gguf.GGUF_MAGIC or version not in _VERSIONS:
-        raise ValueError(f"it is not a little-endian GGUF file of version {' or '.join(map(str, _VERSIONS))}")
-    return _values(file, _TYPES.UINT64, 2)
+def state_expert_sizes(config: Any, path: Path) -> None:
+    """Set the sizes in a configuration that transformers made of the file, in place.
+
+    Raises ModelError if the file is damaged or big-endian, or transformers reads it as a family without experts.
+    """
+    header = read_header(path)
+    if not header.own("expert_count"):
+        return
+    if not any(hasattr(config, name) for name in _NUMBERS):
+        raise ModelError(
+            f"transformers does not read the experts of GGUF files of architecture {header.architecture} ({path.name})",
+            "Use the folder with safetensors that the file was made from",
+        )
+    for key, name in _SIZES.items():
+        value = header.own(key)
+        if value is not None and hasattr(config, name):
+            setattr(config, name, value)
 
 
 def _field(file: BinaryIO) -> GgufField:

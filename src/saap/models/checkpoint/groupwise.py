@@ -266,20 +266,16 @@ def read_packed(folder: str | Path) -> dict[str, GroupwiseWeight]:
     if not path.is_file():
         raise ModelError(f"{folder} has no packed weights", "Give a folder written by `saap recover`")
     with open_safetensors(path) as file:
+        try:
+            layouts = [(name, bits, size) for name, (bits, size) in json.loads(file.metadata()["groupwise"]).items()]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"{path} is damaged ({error})", "Copy the file again") from None
         return {
             name: GroupwiseWeight(
                 **{part: file.get_tensor(f"{name}.{part}") for part in _PARTS}, bits=bits, group_size=size
             )
-            for name, (bits, size) in _layouts(path, file).items()
+            for name, bits, size in layouts
         }
-
-
-def _layouts(path: Path, file: Any) -> dict[str, tuple[int, int]]:
-    """Bits and group size of each weight of an open file. Raises ModelError for a damaged one."""
-    try:
-        return {name: (bits, size) for name, (bits, size) in json.loads(file.metadata()["groupwise"]).items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged ({error})", "Copy the file again") from None
 
 
 def q4_1_blocks(weight: GroupwiseWeight, rows: slice = slice(None)) -> Tensor:

@@ -86,19 +86,11 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         raise ModelError(f"{file} is damaged or not safetensors ({first_line(error)})", _DOWNLOAD_AGAIN) from None
 
 
-def _stored(files: Sequence[Path]) -> Iterator[tuple[Path, str, Any]]:
-    """File, name and header entry of every tensor in the files."""
-    for file in files:
-        with open_safetensors(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                yield file, name, opened.get_slice(name)
-
-
 def stored_dtype(files: Sequence[Path]) -> torch.dtype:
     """The dtype of most values in the files. Raises ModelError if a file is damaged or truncated."""
-    values: Counter[torch.dtype] = Counter()
-    for _, _, stored in _stored(files):
-        values[_DTYPES.get(stored.get_dtype(), torch.uint8)] += prod(stored.get_shape())
+    stored, values = StoredTensors.in_files(files), Counter[torch.dtype]()
+    for name, shape in stored.shapes.items():
+        values[stored.dtypes[name]] += prod(shape)
     return next((dtype for dtype, _ in values.most_common() if dtype.is_floating_point), torch.float32)
 
 
@@ -117,10 +109,12 @@ class StoredTensors:
     @classmethod
     def in_files(cls, files: Sequence[Path]) -> StoredTensors:
         """Those of safetensors files. Raises ModelError for a damaged file."""
-        found = {
-            name: (file, tuple(stored.get_shape()), _DTYPES.get(stored.get_dtype(), torch.uint8))
-            for file, name, stored in _stored(files)
-        }
+        found: dict[str, tuple[Path, Shape, torch.dtype]] = {}
+        for file in files:
+            with open_safetensors(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    stored = opened.get_slice(name)
+                    found[name] = file, tuple(stored.get_shape()), _DTYPES.get(stored.get_dtype(), torch.uint8)
 
         def read(name: str) -> Tensor:
             # opened each time: an open file keeps all read pages in the memory of the process

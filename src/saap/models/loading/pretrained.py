@@ -26,7 +26,6 @@ from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.checkpoint.published_names import with_model_names
 from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 from saap.models.loading.devices import DeviceMap, check_known, pick_device, require_values, working_dtype
-from saap.models.loading.gguf_experts import state_expert_sizes
 from saap.models.loading.references import ResolvedModel, read_config, resolve_model
 from saap.models.structure.linear import contracted_axis
 from saap.models.walk.offload import offload, offloaded
@@ -153,6 +152,8 @@ def load_config(resolved: ResolvedModel) -> Any:
     with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK):
         config = AutoConfig.from_pretrained(resolved.folder, **resolved.options)
     if resolved.gguf_file is not None:
+        from saap.models.checkpoint.gguf_files import state_expert_sizes
+
         state_expert_sizes(config, resolved.path)
     if resolved.quantisation is not None:
         config.quantization_config = {**config.quantization_config, "dequantize": True}
@@ -257,7 +258,7 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
     reason = "it is a GGUF file" if resolved.gguf_file is not None else "it needs custom code"
     if resolved.quantisation is not None:
         reason = f"its weights are quantised with {resolved.quantisation}"
-    elif resolved.gguf_file is None and not resolved.trust_remote_code:
+    elif resolved.gguf_file is None and not _runs_its_own_code(resolved):
         reason = "its files have other names for the weights than the model"
         model = model_without_weights(resolved, dtype, with_buffers=True)
         stored = with_model_names(model, StoredTensors.in_files(weight_files(resolved.folder)))
@@ -280,6 +281,11 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
         f"{resolved.source} cannot be read part by part ({reason})",
         "Leave out --max-memory, or save it with save_pretrained and give that folder",
     )
+
+
+def _runs_its_own_code(resolved: ResolvedModel) -> bool:
+    config = read_config(resolved.folder)
+    return resolved.trust_remote_code and "auto_map" in config and config["model_type"] != MODEL_TYPE
 
 
 def _ties_hold(parameters: Mapping[str, nn.Parameter], stored: StoredTensors) -> bool:

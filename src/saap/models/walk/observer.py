@@ -88,10 +88,6 @@ class Observer(Protocol):
     def merge(self, processes: Processes) -> None:
         """Combine with the observers of the other processes."""
 
-    @abstractmethod
-    def result(self) -> Any:
-        """The result."""
-
     def state(self) -> Mapping[str, FloatArray] | None:
         """What it has found so far, between two blocks; None if it cannot be restored."""
         return None

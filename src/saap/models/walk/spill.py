@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -119,35 +119,40 @@ class _HostTensors:
     """Tensors in host memory. Each is returned on its original device."""
 
     def __init__(self) -> None:
-        self._kept: deque[tuple[Tensor, torch.device]] = deque()
+        self._pieces: deque[Any] = deque()
 
     def append(self, tensor: Tensor, /) -> None:
-        self._kept.append((tensor.detach().cpu(), tensor.device))
+        """Add one at the end."""
+        self._pieces.append((tensor.detach().cpu(), tensor.device))
 
     def popleft(self) -> Tensor:
-        stored, device = self._kept.popleft()
-        return stored.to(device)
+        """Remove the first and return it."""
+        return self._read(self._pieces.popleft())
 
     def __getitem__(self, index: int, /) -> Tensor:
-        stored, device = self._kept[index]
-        return stored.to(device)
+        return self._read(self._pieces[index])
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._pieces)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
 
+    def _read(self, piece: Any) -> Tensor:
+        stored: Tensor = piece[0]
+        return stored.to(piece[1])
 
-class FileTensors:
+
+class FileTensors(_HostTensors):
     """Tensors in one file, read and written: pages of a mapped one would count as memory of the process.
 
     Each is returned on its original device. stored: an existing file, which is not deleted with the sequence.
     """
 
     def __init__(self, folder: Path, stored: StoredSequence | None = None) -> None:
+        super().__init__()
         self._path = folder / (f"{uuid.uuid4().hex}{SPILLED}" if stored is None else stored.name)
-        self._pieces = deque(() if stored is None else stored.pieces)
+        self._pieces.extend(() if stored is None else stored.pieces)
         self._end = 0 if stored is None else stored.end
         self._deleted: weakref.finalize[..., FileTensors] | None = None
         if stored is None:
@@ -170,19 +175,6 @@ class FileTensors:
         dtype = str(tensor.dtype).removeprefix("torch.")
         self._pieces.append(Piece(self._end, flat.size, tuple(tensor.shape), dtype, str(tensor.device)))
         self._end += flat.size
-
-    def popleft(self) -> Tensor:
-        """Remove the first and return it."""
-        return self._read(self._pieces.popleft())
-
-    def __getitem__(self, index: int, /) -> Tensor:
-        return self._read(self._pieces[index])
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[index] for index in range(len(self)))
 
     def _read(self, piece: Piece) -> Tensor:
         dtype: torch.dtype = getattr(torch, piece.dtype)
