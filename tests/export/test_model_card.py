@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.command import run
 from tests.export.gguf_models import adaptive_folder
 from tests.reporting.comparison import recovery_record
 
@@ -64,10 +63,3 @@ def test_the_card_says_which_weights_were_tuned(tmp_path: Path, tuning: str, sai
     manifest["recovery"] = {**recovery_record(), "settings": {"tuning": tuning, "bits": 4}}
     write_records(folder, RunManifest.model_validate(manifest))
     assert f"Tuned on 20 tokens of text.txt {said}" in (folder / "README.md").read_text()
-
-
-def test_the_former_format_for_vllm_names_what_replaces_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, error = run(capsys, "export", tmp_path, "--format", "decilm", "-o", tmp_path / "out")
-    assert code == 2
-    assert "vllm serve MODEL --model-impl transformers --trust-remote-code" in error
-    assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from saap.structure_search.plan import make_plan
 from saap.surgery import distillation
 from saap.surgery.cut import cut
 from saap.surgery.distillation import RANK, DistillationText, distill, updated_modules
-from saap.surgery.held_out import MICRO_BATCH, held_out_sequences, shorter, split_shorter
+from saap.surgery.held_out import MICRO_BATCH, held_out_sequences, shorter
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 
@@ -106,12 +106,12 @@ def test_spilled_hidden_states_of_the_teacher_give_the_same(tmp_path: Path) -> N
         assert torch.allclose(mine, theirs, rtol=1e-6)
 
 
-def test_both_parts_of_a_text_have_sequences_of_one_length() -> None:
+def test_a_text_in_shorter_sequences_is_the_same_text() -> None:
     ids = tokens(rows=6, length=33)
     ids[:5, 0] = 1  # BOS, which one row lacks
-    first, others = split_shorter(ids, 4, 16, [1])
-    assert (first.shape, others.shape) == ((12, 11), (6, 11))
-    assert torch.equal(torch.cat([first, others]).flatten(), ids.flatten())
+    pieces = shorter(ids, 16, [1])
+    assert pieces.shape == (18, 11)
+    assert torch.equal(pieces.flatten(), ids.flatten())
 
 
 def test_activations_that_are_computed_again_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

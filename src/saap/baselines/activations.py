@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,10 +63,6 @@ class ActivationStatistics(Observer):
                 self.influence[self._blocks.index(site)] = 1 - float(total) / count
             else:
                 self.mean[site], self.square[site] = total / count
-
-    def result(self) -> Self:
-        """The means."""
-        return self
 
 
 def activations(backend: Backend, tokens: Tensor) -> ActivationStatistics:

@@ -7,7 +7,6 @@ time, instead of one pass each; the numbers are the same.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -55,10 +54,6 @@ class AveragedGradients(Observer):
         """Sums over the samples of all processes."""
         self.mean = {name: processes.total(mean) for name, mean in self.mean.items()}
         self.square = {name: processes.total(square) for name, square in self.square.items()}
-
-    def result(self) -> Self:
-        """Both means."""
-        return self
 
 
 def gradients(backend: Backend, tokens: Tensor) -> AveragedGradients:

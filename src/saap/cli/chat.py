@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError, SaapError
 from saap.settings.evaluate import DenseSettings, GenerationSettings
 from saap.settings.run import OPENS, RunOptions
@@ -38,7 +37,7 @@ class ChatPlace(Settings):
 
 
 def chat(
-    model: Annotated[str, Argument("Folder written by saap, or any model that `saap prune` accepts.")],
+    model: Annotated[str, "Folder written by saap, or any model that `saap prune` accepts."],
     place: ChatPlace,
     comparison: DenseSettings,
     settings: GenerationSettings,

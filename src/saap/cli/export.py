@@ -7,7 +7,6 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, model_validator
 
-from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
 from saap.settings.export import ExportRequest
 from saap.settings.run import Display, RunOptions, out_flag, result_flag, with_name
@@ -35,7 +34,7 @@ class ExportTarget(Settings):
 
 
 def export(
-    model: Annotated[str, Argument("Folder written by saap, or any model that `saap prune` accepts.")],
+    model: Annotated[str, "Folder written by saap, or any model that `saap prune` accepts."],
     target: ExportTarget,
     request: ExportRequest,
     options: Annotated[RunOptions, Only(("overwrite", "revision"))],

@@ -6,10 +6,9 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import click
 from click.core import ParameterSource
@@ -25,14 +24,7 @@ LONGEST_CHOICE = 48
 """Longest metavar that lists all choices, in characters; longer lists are in the help text."""
 
 
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """The help of a positional argument."""
-
-    help: str
-
-
-Model = Annotated[str, Argument("Hub id, local folder, .gguf file, or `smollm2`.")]
+Model = Annotated[str, "Hub id, local folder, .gguf file, or `smollm2`."]
 
 
 class Option(click.Option):
@@ -77,13 +69,11 @@ class Command(click.Command):
 
 
 class PositionalArgument(click.Argument):
-    """A positional argument with a help text."""
+    """A required positional argument with a help text."""
 
-    def __init__(self, name: str, declared: inspect.Parameter) -> None:
-        notes = getattr(declared.annotation, "__metadata__", ())
-        self.text = next((note.help for note in notes if isinstance(note, Argument)), "")
-        required = declared.default is inspect.Parameter.empty
-        super().__init__([name], required=required, metavar=name.upper() if required else f"[{name.upper()}]")
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__([name])
+        self.text = text
 
 
 def command(function: Callable[..., None], name: str) -> click.Command:
@@ -94,7 +84,7 @@ def command(function: Callable[..., None], name: str) -> click.Command:
             known.setdefault(flag, []).append(place)
     options = [Option(flag, places[0]) for flag, places in known.items()]
     positional = {
-        key: PositionalArgument(key, declared)
+        key: PositionalArgument(key, get_args(declared.annotation)[1])
         for key, declared in inspect.signature(function, eval_str=True).parameters.items()
         if key not in models_of(function)
     }

@@ -6,7 +6,6 @@ import json
 import sys
 from typing import Annotated
 
-from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
 from saap.settings.evaluate import DenseSettings, GenerationSettings, writing_flag
 from saap.settings.run import OPENS, Display, RunOptions
@@ -20,7 +19,7 @@ class Question(Settings):
 
 
 def generate(
-    model: Annotated[str, Argument("Folder written by saap, or any model that `saap prune` accepts.")],
+    model: Annotated[str, "Folder written by saap, or any model that `saap prune` accepts."],
     question: Question,
     comparison: DenseSettings,
     settings: GenerationSettings,

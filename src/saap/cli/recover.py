@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
-from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
 from saap.settings.recover import RecoverConfig
 from saap.settings.run import OPENS, Display, RunOptions, output_flag
@@ -19,7 +19,7 @@ class Preview(Settings):
 
 
 def recover(
-    model: Annotated[str, Argument("Folder written by `saap prune`, or any other model.")],
+    model: Annotated[str, "Folder written by `saap prune`, or any other model."],
     config: RecoverConfig,
     preview: Preview,
     options: Annotated[RunOptions, Only(("out", "overwrite", "work_dir", "keep_work", *OPENS))],
@@ -40,7 +40,7 @@ def recover(
             from saap.pipeline.recover.forecast import forecast
 
             found = forecast(model, config, options, reporter)
-            display, shown = display.model_copy(update={"quiet": False}), found.as_dict()
+            display, shown = display.model_copy(update={"quiet": False}), asdict(found)
             draw = partial(print_forecast, found)
         else:
             from saap.pipeline.recover.run import run_recover

@@ -8,7 +8,6 @@ from typing import Annotated
 import click
 from pydantic import AfterValidator
 
-from saap.cli.flags import Argument
 from saap.settings.run import out_flag, with_name
 from saap.settings.setting import Flag, Settings
 
@@ -33,9 +32,7 @@ class PageSettings(Settings):
     open_page: Annotated[bool, Flag("Open the page in the browser.", name="open")] = False
 
 
-def report(
-    directory: Annotated[Path, Argument("Folder written by `saap prune` or `saap compare`.")], page: PageSettings
-) -> None:
+def report(directory: Annotated[Path, "Folder written by `saap prune` or `saap compare`."], page: PageSettings) -> None:
     """Write one self-contained HTML page about a pruned model or a comparison."""
     from saap.reporting.report import build_page, write_page
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from saap.cli.flags import Argument, shown_warnings
+from saap.cli.flags import shown_warnings
 from saap.settings.run import Display
 from saap.settings.setting import Flag, Settings
 
@@ -26,7 +26,7 @@ class RecipeOptions(Settings):
 
 
 def run(
-    recipe: Annotated[Path, Argument("YAML file; the folder `recipes` has examples.")],
+    recipe: Annotated[Path, "YAML file; the folder `recipes` has examples."],
     options: RecipeOptions,
     display: Display,
 ) -> None:

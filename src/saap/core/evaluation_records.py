@@ -18,17 +18,13 @@ Share = Annotated[Amount, Field(ge=0, le=1)]
 Positive = Annotated[Amount, Field(gt=0)]
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _positive(value: float) -> float:
     if value <= 0:
         raise ValueError("should be greater than 0")
     return value
 
 
-_FiniteInJson = PlainSerializer(_finite, return_type=float | None)
+_FiniteInJson = PlainSerializer(lambda v: v if v is not None and math.isfinite(v) else None, return_type=float | None)
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value), _FiniteInJson]
 """A measured number, null in JSON if it is not finite."""
 

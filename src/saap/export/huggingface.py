@@ -105,9 +105,8 @@ def write_recovered(
     needed = entry_bytes(entries) + sum(weight.nbytes for weight in packed.values())
     check_output(out, needed, overwrite=overwrite)
     with _model_folder(out, model, model.config, dtype, entries, parts) as folder:
-        for name in KEPT_RECORDS:
-            if parts.source_folder is not None and (parts.source_folder / "saap" / name).is_file():
-                shutil.copyfile(parts.source_folder / "saap" / name, folder / "saap" / name)
+        if parts.source_folder is not None:
+            copy_matching(parts.source_folder / "saap", folder / "saap", KEPT_RECORDS)
         if packed:
             write_packed(folder / "saap" / PACKED_FILE, packed)
         check(folder)
@@ -123,7 +122,8 @@ def _model_folder(
         config.save_pretrained(folder)
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         fields = with_both_rope_spellings(fields) | {"dtype": str(dtype).removeprefix("torch.")}
-        fields = with_both_names_of_experts(fields, getattr(config, "attribute_map", {}))
+        aliases = getattr(config, "attribute_map", {})  # older versions and other programs know only these
+        fields = {a: fields[n] for a, n in aliases.items() if "expert" in a and n in fields} | fields
         fields.pop("_name_or_path", None)
         if config.model_type == MODEL_TYPE:
             fields["model_file"] = MLX_LOADER.name
@@ -236,15 +236,6 @@ def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         old["rope_scaling"] = {name: value for name, value in rope.items() if name not in old}
     return {**old, **fields}
-
-
-def with_both_names_of_experts(fields: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """config.json with the numbers of experts under both names, where transformers has renamed a field.
-
-    aliases: `attribute_map` of the configuration. Older versions and other programs know only the alias.
-    """
-    known = {alias: fields[name] for alias, name in aliases.items() if "expert" in alias and name in fields}
-    return {**known, **fields}
 
 
 def write_shards(entries: Mapping[str, TensorEntry], folder: Path, program: str = "pt") -> None:

@@ -72,7 +72,8 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         )
     folder, shapes = source.resolved.folder, source.tensors.shapes
     packed = read_packed(folder) if (folder / "saap" / PACKED_FILE).is_file() else {}
-    needs_loader = source.config.model_type == MODEL_TYPE or any(_is_stacked(name) for name in shapes)
+    stacked = any(name.endswith(".experts.gate_up_proj") for name in shapes)  # only the loader splits all experts
+    needs_loader = source.config.model_type == MODEL_TYPE or stacked
     config = read_config(folder)
     if source.resolved.quantisation is not None:
         config.pop("quantization_config")  # the weights are written dequantised
@@ -106,11 +107,6 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         f"  {mlx_line(out, needs_loader=needs_loader)}",
     )
     return done.model_copy(update={"notes": notes})
-
-
-def _is_stacked(name: str) -> bool:
-    """Whether a tensor has the weights of all experts, which only the loader splits."""
-    return name.endswith(".experts.gate_up_proj")
 
 
 def mlx_fields(
@@ -210,10 +206,9 @@ def mlx_entries(source: ExportSource, packed: Mapping[str, GroupwiseWeight]) -> 
         if path != name and path in packed:
             weight = packed[path]
             rows, columns = weight.shape
-            codes = TensorEntry(
+            entries[name] = TensorEntry(
                 dtype=torch.uint32, shape=(rows, columns * weight.bits // 32), make=partial(affine_codes, weight)
             )
-            entries[name] = codes
             for part, numbers in (("scales", weight.scale), ("biases", weight.zero)):
                 entries[f"{path}.{part}"] = TensorEntry(
                     dtype=exact, shape=tuple(numbers.shape), make=partial(numbers.to, exact)

@@ -2,9 +2,9 @@
 
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import model_validator
 
 from saap.settings.registry import ExportFormat, RuntimeName
 from saap.settings.setting import AtLeast1, Flag, Settings
@@ -43,23 +43,13 @@ def check_gguf_type(gguf_type: GgufType, runtime: RuntimeName) -> None:
         raise ValueError(problem, "Add --runtime llama.cpp, or leave it out")
 
 
-def _known_format(given: Any) -> Any:
-    """Formats that are no longer written, by what replaces them."""
-    if given == "decilm":
-        remedy = "Run `vllm serve MODEL --model-impl transformers --trust-remote-code`"
-        raise ValueError("is not written any more, as vLLM opens the folder itself", remedy)
-    return given
-
-
 class ExportRequest(Settings):
     """Settings of an export: format; for GGUF the type of the weights, and how llama.cpp checks the file.
 
     imatrix: only for types that llama.cpp's own quantiser makes.
     """
 
-    format: Annotated[ExportFormat, BeforeValidator(_known_format), format_flag(f"{ExportFormat.summaries()}.")] = (
-        ExportFormat.GGUF
-    )
+    format: Annotated[ExportFormat, format_flag(f"{ExportFormat.summaries()}.")] = ExportFormat.GGUF
     quantization: Annotated[GgufType, format_flag("Type of the weights in GGUF.")] = GgufType.F16
     imatrix: Annotated[bool, format_flag("Weigh quantisation errors by activations on bundled text.")] = True
     verify: Annotated[

@@ -28,7 +28,7 @@ from saap.settings.setting import (
     dashed,
     require_none,
 )
-from saap.settings.vocabulary import Coverage, Languages, VocabularyRatio, VocabularySize, vocabulary_faults
+from saap.settings.vocabulary import Coverage, Languages, VocabularyRatio, VocabularySize
 
 target_flag = partial(Flag, panel="Target")
 text_flag = partial(Flag, panel="Calibration text")
@@ -255,12 +255,21 @@ class PruneConfig(Settings):
             "--vocabulary-size": self.vocabulary_size, "--vocabulary-ratio": self.vocabulary_ratio,
             "--keep-coverage": self.keep_coverage,
         }  # fmt: skip
+        sized, every = [flag for flag, size in sizes.items() if size is not None], ", ".join(sizes)
         fast, roles = self.target_speedup is not None, set(self.roles)
         untimed = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in roles]
         unread = self.flags_changed("skip_layers", "strategy")
         of_tokens = PrunableRole.VOCABULARY in roles or bool(self.languages)
         faults = (
-            *vocabulary_faults(sizes, wanted=of_tokens, targets=given, others=roles != {PrunableRole.VOCABULARY}), (
+            (len(sized) > 1, f"{' and '.join(sized)} were given together", f"Give one of {every}"),
+            (of_tokens and not sized, "no size of the vocabulary was given", f"Give one of {every}"), (
+                given and roles == {PrunableRole.VOCABULARY},
+                f"{' and '.join(given)} removes nothing of the vocabulary",
+                "Name other roles as well, e.g. --roles vocabulary,ffn,attention",
+            ), (
+                sized and fast, "--target-speedup cannot be combined with a size of the vocabulary",
+                "Prune the vocabulary first, then its result",
+            ), (
                 len(given) > 1 or not (given or self.prunes_vocabulary),
                 f"{' and '.join(given)} were given together" if given else "no target was given",
                 f"Give exactly one of {', '.join(targets)}",
@@ -300,13 +309,8 @@ class PruneConfig(Settings):
     @model_validator(mode="after")
     def _check_scoring(self) -> Self:
         """How units are scored and chosen, and the runtime that is timed."""
-        rules = {
-            "--strategy": self.strategy is Strategy.ADAPTIVE,
-            "--importance": self.importance is Importance.TOKEN_FISHER,
-        }
-        changed = [flag for flag, is_default in rules.items() if not is_default]
-        scored = ("aggregation", "element_order", "fusion_scope")  # no baseline reads one of them
-        changed += self.flags_given(*scored)
+        changed = self.flags_changed("strategy", "importance")
+        changed += self.flags_given("aggregation", "element_order", "fusion_scope")  # no baseline reads one of them
         ours = self.method is Method.SAAP
         taylor = [
             Importance.FUSED, Importance.VECTOR, Importance.ELEMENT1, Importance.ELEMENT2, Importance.MIXED,

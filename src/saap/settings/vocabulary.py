@@ -1,6 +1,5 @@
 """Settings of vocabulary pruning: how many tokens stay, and for which languages."""
 
-from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from enum import StrEnum
 from functools import partial
@@ -61,26 +60,3 @@ Languages = Annotated[
         default="those that the model predicts well",
     ),
 ]
-
-
-def vocabulary_faults(
-    sizes: Mapping[str, float | None], *, wanted: bool, targets: Sequence[str], others: bool
-) -> tuple[tuple[bool, str, str], ...]:
-    """What is wrong with the settings of the vocabulary: whether, the problem, and the remedy.
-
-    sizes: by flag. wanted: whether other settings request fewer tokens. targets: flags of the targets that blocks are
-    pruned to. others: whether anything besides tokens may be removed.
-    """
-    given, every = [flag for flag, size in sizes.items() if size is not None], ", ".join(sizes)
-    return (
-        (len(given) > 1, f"{' and '.join(given)} were given together", f"Give one of {every}"),
-        (wanted and not given, "no size of the vocabulary was given", f"Give one of {every}"),
-        (
-            bool(targets) and not others, f"{' and '.join(targets)} removes nothing of the vocabulary",
-            "Name other roles as well, e.g. --roles vocabulary,ffn,attention",
-        ), (
-            bool(given) and "--target-speedup" in targets,
-            "--target-speedup cannot be combined with a size of the vocabulary",
-            "Prune the vocabulary first, then its result",
-        ),
-    )  # fmt: skip

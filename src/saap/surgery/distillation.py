@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +89,8 @@ def distill(
         return training.run(on_change)
 
 
-class Recorded(NamedTuple):
-    """The input of a block, with what is trained in it; its output, if the activations are kept."""
-
-    entry: Tensor
-    output: Tensor | None
-    trained: dict[str, Tensor]
+Recorded = tuple[Tensor, Tensor | None, dict[str, Tensor]]
+"""The input of a block, its output if the activations are kept, and what is trained in it."""
 
 
 class _Distillation:
@@ -251,7 +247,7 @@ class _Distillation:
                     entry, output = self.walker.run_recorded(layer, entry, stream.contexts, trained)
                     hidden = output.detach()
             if recorded is not None:
-                recorded.append(Recorded(entry, output, trained))
+                recorded.append((entry, output, trained))
         return hidden, stream.contexts
 
     def _kept_bytes(self, stream: Stream) -> int:

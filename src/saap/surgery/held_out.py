@@ -58,7 +58,8 @@ def divided(
     fitted = len(tokens) - (int(share * len(tokens)) if len(tokens) >= LEAST_SEQUENCES else 0)
     tokens, others = tokens[:fitted], tokens[fitted:]
     evaluated = len(others) - min(held_out_sequences(len(others)), EVALUATED_SEQUENCES)
-    taught, held = split_shorter(others, evaluated, length, leading)
+    pieces = shorter(others, length, leading)  # all of one length
+    taught, held = pieces.tensor_split([evaluated * (len(pieces) // max(1, len(others)))])
     return tokens, torch.cat([_shuffled(taught, generator), held]), len(held)
 
 
@@ -81,10 +82,3 @@ def shorter(tokens: Tensor, length: int, leading: Sequence[int]) -> Tensor:
     size = width // count
     body = tokens[:, len(head) :][:, : count * size].reshape(-1, size)
     return torch.cat([head.expand(len(body), -1), body], dim=1)
-
-
-def split_shorter(tokens: Tensor, first: int, length: int, leading: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The first sequences and the others, each in `shorter` ones, all of one length."""
-    pieces = shorter(tokens, length, leading)
-    one, other = pieces.tensor_split([first * (len(pieces) // max(1, len(tokens)))])
-    return one, other

@@ -148,10 +148,9 @@ class _BlockByBlock:
         found = None if record is None else record.read()
         if found is None:
             return 0
-        self.result.keep, self.result.errors = found.keep, found.errors
-        self.others, self.dense, *own = found.streams
+        blocks, (self.others, self.dense, *own), self.result.keep, self.result.errors = found
         self.pruned = own[0] if own else self.dense
-        return found.blocks
+        return blocks
 
     def run_block(self, layer: int) -> None:
         """Finish one block."""

@@ -34,8 +34,16 @@ def embedding_of(model: nn.Module) -> nn.Embedding:
 
 def ids_in_settings(model: nn.Module, rows: int) -> set[int]:
     """Ids of tokens that the model's configuration and generation settings name."""
-    fields = ((holder, name) for holder in _holders(model) for name in _id_fields(holder))
-    return {token for holder, name in fields for token in _ids(name, getattr(holder, name)) if 0 <= token < rows}
+    found: list[int] = []
+
+    def note(token: int) -> int:
+        found.append(token)
+        return token
+
+    for holder in _holders(model):
+        for name in _id_fields(holder):
+            _mapped(name, getattr(holder, name), note)
+    return {token for token in found if 0 <= token < rows}
 
 
 @torch.no_grad()
@@ -111,18 +119,6 @@ def _id_fields(holder: Any) -> list[str]:
         name for name, value in vars(holder).items()
         if value is not None and not name.startswith("_") and (name.endswith(ID_ENDINGS) or name in ID_FIELDS)
     ]  # fmt: skip
-
-
-def _ids(name: str, value: Any) -> list[int]:
-    """All ids in the value of a field."""
-    found: list[int] = []
-
-    def note(token: int) -> int:
-        found.append(token)
-        return token
-
-    _mapped(name, value, note)
-    return found
 
 
 def _mapped(name: str, value: Any, new: Callable[[int], int]) -> Any:

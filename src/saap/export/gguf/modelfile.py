@@ -47,7 +47,8 @@ def chat_template(tokenizer: Any) -> str | None:
     if to_answer != end:  # past answers must begin like the generated one
         return None
     system = _pieces(tokenizer, [{"role": "system", "content": _SYSTEM}, user], (_SYSTEM, _USER))
-    first = _first_token(tokenizer)
+    # llama.cpp puts the first token of every text there itself
+    first = str(tokenizer.bos_token) if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
     before = before.removeprefix(first)
     opening, after_system = ("", before) if system is None else (system[0].removeprefix(first), system[1])
     in_order = {
@@ -55,12 +56,6 @@ def chat_template(tokenizer: Any) -> str | None:
         "ANSWER": to_answer, "END": end,
     }  # fmt: skip
     return re.sub("|".join(in_order), lambda mark: in_order[mark[0]], _TEMPLATE)
-
-
-def _first_token(tokenizer: Any) -> str:
-    """The token that the tokenizer puts before every text, and llama.cpp again; '' if it puts none."""
-    ids, bos = tokenizer("a")["input_ids"], tokenizer.bos_token_id
-    return str(tokenizer.bos_token) if bos is not None and ids[:1] == [bos] else ""
 
 
 def _pieces(tokenizer: Any, messages: Sequence[dict[str, str]], marks: Sequence[str]) -> list[str] | None:

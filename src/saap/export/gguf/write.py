@@ -124,8 +124,9 @@ def write_gguf(
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
         for done, tensor in enumerate(plan.tensors):
-            for chunk in _chunks(tensor, tensors, packed or {}):
-                chunk.tofile(file)
+            for source in tensor.sources or (None,):
+                for chunk in _chunks(source, tensor, tensors, packed or {}):
+                    chunk.tofile(file)
             writer.write_padding(file, tensor.nbytes)
             progress(done + 1, len(plan.tensors))
     finally:
@@ -133,20 +134,12 @@ def write_gguf(
 
 
 def _chunks(
-    tensor: PlannedTensor, tensors: StoredTensors, packed: Mapping[str, GroupwiseWeight]
+    source: str | None, tensor: PlannedTensor, tensors: StoredTensors, packed: Mapping[str, GroupwiseWeight]
 ) -> Iterator[NDArray[Any]]:
-    """The bytes of one tensor, whole rows at a time."""
+    """The bytes of one source of a tensor, whole rows at a time."""
     if tensor.values is not None:
         yield np.asarray(tensor.values, dtype=np.float32) * np.float32(tensor.factor)
         return
-    for source in tensor.sources or (None,):
-        yield from _chunks_of(source, tensor, tensors, packed)
-
-
-def _chunks_of(
-    source: str | None, tensor: PlannedTensor, tensors: StoredTensors, packed: Mapping[str, GroupwiseWeight]
-) -> Iterator[NDArray[Any]]:
-    """The bytes of one source of a tensor."""
     shape = tensor.shape if source is None else tensors.shapes[source]
     count, unit = shape[0], tensor.head_rows or 1
     step = max(1, CHUNK_VALUES // int(np.prod(shape[1:])) // unit) * unit

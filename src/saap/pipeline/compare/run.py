@@ -28,7 +28,7 @@ from saap.pipeline.compare.rows import RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, read_streams, requested_perplexity
 from saap.pipeline.prune.baselines import baseline_of, check_method, for_method, measurements, require_own_roles
 from saap.pipeline.prune.making import cut_and_restore
-from saap.pipeline.prune.steps import carry_out, plans_for
+from saap.pipeline.prune.steps import carry_out
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, place_of, resolve_with_tokenizer
 from saap.pipeline.shared.legality import check_walk, search_space
@@ -168,15 +168,10 @@ class _Bench:
     def _share(self, seed: int, options: RunOptions) -> Run:
         """The calibration of one seed and the baselines' measurements with it, the same for every method."""
         config = self.request.config.model_copy(update={"seed": seed, "restore": True})
-        work = self._work_folder(f"seed-{seed}")
+        work = WorkFolder(self.rows.folder / "work" / f"seed-{seed}")
         space = search_space(self.loaded.model, self.graph, config)
         run = Run(config, options, self.loaded, self.graph, space, self.tokens[seed], work, self.meter)
         return dataclasses.replace(run, measurements=measurements(run))
-
-    def _work_folder(self, *names: str) -> WorkFolder:
-        work = WorkFolder(self.rows.folder.joinpath("work", *names))
-        work.path.mkdir(parents=True, exist_ok=True)
-        return work
 
     def _score(
         self, shared: Run, choice: MethodChoice, shared_seconds: dict[str, float]
@@ -186,7 +181,7 @@ class _Bench:
         shared_seconds: of those passes so far, each made once, by name of the measurement.
         """
         config = _config(self.request, choice, shared.config.seed)
-        work = self._work_folder(shared.work.path.name, file_name(choice.label))
+        work = WorkFolder(shared.work.file(file_name(choice.label)))
         space = search_space(self.loaded.model, self.graph, config)
         run = dataclasses.replace(shared, config=config, space=space, work=work)
         baseline = baseline_of(choice.method)
@@ -207,9 +202,9 @@ class _Bench:
         """The plan of each ratio, whether reconstructed or only cut, and the seconds that each took."""
         targets = _targets(run.config.model_copy(update={"pruning_ratios": ratios}), self.graph, self.loaded)
         start = time.perf_counter()
-        plans = plans_for(run, targets, scores)
+        found = carry_out(dataclasses.replace(run, targets=targets), ("plan",), {"scores": scores})
         seconds = (time.perf_counter() - start) / len(targets)
-        return {ratio: plans[target.name] for ratio, target in zip(ratios, targets, strict=True)}, seconds
+        return {ratio: found["plan", target.name] for ratio, target in zip(ratios, targets, strict=True)}, seconds
 
     def _make_row(
         self, label: str, run: Run, scores: ImportanceScores, ratio: float, plan: StructurePlan, spent: StageSeconds,
@@ -228,7 +223,7 @@ class _Bench:
         return ComparisonRow(
             **found, method=label, ratio=ratio, seed=run.config.seed, restored=restored, seconds=seconds,
             pruning_ratio=1 - made.block_parameters / self.graph.block_parameters,
-            ratios={text: value if value < LARGEST_RATIO else None for text, value in quotients.items()},
+            ratios={text: value if 0 < value < LARGEST_RATIO else None for text, value in quotients.items()},
             kept_accuracy=kept_accuracy(dense.tasks, found["tasks"]) if found["tasks"] else None,
             peak_resident_bytes=max(stage.peak_resident_bytes for stage in self.meter.stages[before:]),
         )  # fmt: skip

@@ -24,7 +24,7 @@ from saap.models.walk.offload import offloaded, placeholder
 from saap.pipeline.prune.making import Made, changed_folder, made_path, manifest_of_run, open_result, release
 from saap.pipeline.prune.planning import read_whole_plan
 from saap.pipeline.prune.result import PruneReport, PruneResult, structure_of
-from saap.pipeline.prune.source_file import opening_lines, write_manifest
+from saap.pipeline.prune.source_file import write_manifest
 from saap.pipeline.prune.speed_target import reached_speed
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
@@ -123,7 +123,9 @@ def place_result(
 
 def _load_lines(path: Path, written: Path) -> tuple[str, ...]:
     """The lines that open the result at `path`, where it is to be put. written: where it is now."""
-    return opening_lines(path) if is_file(path) else load_lines(path, read_config(written), written)
+    if is_file(path):
+        return ("import saap", f'model = saap.load("{path}")', f"# or in a terminal: llama-cli -m {path}")
+    return load_lines(path, read_config(written), written)
 
 
 def _by_kind(run: Run, dense: Behaviour, pruned: Behaviour) -> tuple[KindChange, ...]:

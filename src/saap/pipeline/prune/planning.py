@@ -106,11 +106,6 @@ def write_run_scores(run: Run, path: Path, scores: ImportanceScores) -> None:
     shutil.rmtree(run.work.file(WALK), ignore_errors=True)
 
 
-def keep_scores(run: Run, costs: Costs) -> ImportanceScores:
-    """The importance that was found with the costs."""
-    return costs.scores
-
-
 def evaluate_dense(run: Run, costs: Costs | None) -> StructureEvaluator:
     """What structures are evaluated by, with the dense model's predictions."""
     held = run.tokens.tensor("held", run.device)

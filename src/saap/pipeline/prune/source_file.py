@@ -94,10 +94,7 @@ def check_layers(experts: GgufExperts, graph: ModelGraph) -> None:
 def check_plan(experts: Experts, graph: ModelGraph, given: PlanDocument) -> None:
     """Raise PlanError or ExportError unless a given plan removes only experts, as many from every layer."""
     keep = {name: kept if isinstance(kept, int) else len(kept) for name, kept in given.keep(graph).items()}
-    others = [
-        group.name for group in graph.groups if group.role is not Role.EXPERT and keep.get(group.name, 0) < group.units
-        and group.name in keep
-    ]  # fmt: skip
+    others = [g.name for g in graph.groups if g.role is not Role.EXPERT and keep.get(g.name, g.units) < g.units]
     if others or given.dropped_blocks:
         what = listed([*others, *(f"block {layer}" for layer in given.dropped_blocks)], 4)
         problem = f"Only whole experts can be removed from the model's own files, but the plan removes parts of {what}"
@@ -169,12 +166,7 @@ def source_bytes(experts: Experts, graph: ModelGraph) -> int:
 
 def stored_bytes(experts: Experts, graph: ModelGraph, plan: StructurePlan) -> Change:
     """Bytes of the tensors before and after."""
-    return Change(before=source_bytes(experts, graph), after=experts.nbytes(kept_experts(graph, plan)))
-
-
-def kept_experts(graph: ModelGraph, plan: StructurePlan) -> Mapping[int, Sequence[int]]:
-    """Kept experts of each layer that has some."""
-    return _of_layers(graph, plan.kept)
+    return Change(before=source_bytes(experts, graph), after=experts.nbytes(_of_layers(graph, plan.kept)))
 
 
 def _of_layers(graph: ModelGraph, kept: Callable[[CoupledGroup], Sequence[int]]) -> Mapping[int, Sequence[int]]:
@@ -188,7 +180,7 @@ def _of_layers(graph: ModelGraph, kept: Callable[[CoupledGroup], Sequence[int]])
 
 def write_source_file(run: Run, experts: Experts, made: Path, plan: StructurePlan, scores: ImportanceScores) -> None:
     """Write the model's files without the removed experts at `made`, with plan and scores among its records."""
-    keep = kept_experts(run.graph, plan)
+    keep = _of_layers(run.graph, plan.kept)
     if not isinstance(experts, FolderExperts):
         _write_records(records_of(made), run, plan, scores)
         experts.write(made, keep, run.meter.reporter.advance)
@@ -207,8 +199,3 @@ def _write_records(records: Path, run: Run, plan: StructurePlan, scores: Importa
 def write_manifest(path: Path, manifest: RunManifest) -> None:
     """Write the manifest into the records of a file."""
     write_whole(records_of(path) / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
-
-
-def opening_lines(path: Path) -> tuple[str, ...]:
-    """The lines that open a written file."""
-    return ("import saap", f'model = saap.load("{path}")', f"# or in a terminal: llama-cli -m {path}")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saap.core.records import ImportanceScores, StructurePlan
 from saap.core.storage import write_plan
 from saap.pipeline.prune import finish, making, planning
 from saap.pipeline.shared import stages
@@ -40,7 +38,7 @@ ACTIONS: Mapping[Stage, Action] = {
     ),
     stages.ESTIMATE: Action(planning.estimate_scores, planning.read_run_scores, planning.write_run_scores),
     stages.FIND_COSTS: Action(planning.find_costs),
-    stages.KEEP_SCORES: Action(planning.keep_scores, planning.read_run_scores, planning.write_run_scores),
+    stages.KEEP_SCORES: Action(lambda run, costs: costs.scores, planning.read_run_scores, planning.write_run_scores),
     stages.EVALUATE_DENSE: Action(planning.evaluate_dense),
     stages.SEARCH: Action(
         planning.search_plan, planning.read_whole_plan, lambda run, path, plan: write_plan(path, plan, run.graph)
@@ -61,7 +59,6 @@ def requested_stages(run: Run) -> list[Stage]:
     evaluates = planning.search_evaluations(run) > 0
     costs = searches and finds_costs(config, run.loaded.model, run.graph)
     optional = {
-        stages.TIME_DECODING: config.target_speedup is not None,
         stages.ESTIMATE: not costs and not config.vocabulary_only,
         stages.FIND_COSTS: costs,
         stages.KEEP_SCORES: costs,
@@ -119,9 +116,3 @@ def _is_done(run: Run, step: Step, targets: Mapping[str, Target]) -> bool:
     if step.stage in (stages.CUT, stages.RESTORE):
         return making.is_made(run, targets[step.target])
     return ACTIONS[step.stage].write is not None and run.work.file(step.stage.file_of(step.target)).exists()
-
-
-def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> dict[str, StructurePlan]:
-    """The plan of each target."""
-    found = carry_out(dataclasses.replace(run, targets=targets), ("plan",), {"scores": scores})
-    return {target.name: found["plan", target.name] for target in targets}

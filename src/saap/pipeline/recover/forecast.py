@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import Any
 
 from saap.core.errors import ConfigurationError
 from saap.models.loading.devices import quick_float32_products
@@ -45,10 +44,6 @@ class RecoveryForecast:
     validation: float | None
     gap_closed: float | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return asdict(self)
-
 
 def share_after(tokens: float, tuning: Tuning) -> float:
     """Share of the gap to the teacher that is closed after so many tokens, 0 to 1, about. Raises KeyError.
@@ -83,7 +78,8 @@ def forecast(
         tokens_of_step = run.config.batch * fmean(len(one.tokens) for one in run.data.train)
         step = tokens_of_step * trainer.seconds_of_token()
     of_each = step + validating / run.config.validate_every
-    steps = _steps(run.config, tokens_of_step, of_each)
+    limits = ((config.max_steps, 1.0), (config.max_tokens, tokens_of_step), (config.minutes, of_each / 60))
+    steps = min(math.ceil(limit / each) for limit, each in limits if limit is not None)
     tokens = round(steps * tokens_of_step)
     tuning, closed, after = run.config.tuning, None, None
     if of_teacher is not None and of_teacher < before and tuning in LAWS:
@@ -94,9 +90,3 @@ def forecast(
         seconds_of_step=step, steps=steps, tokens=tokens, seconds=steps * of_each, validation_before=before,
         validation_teacher=of_teacher, validation=after, gap_closed=closed,
     )  # fmt: skip
-
-
-def _steps(config: RecoverConfig, tokens: float, seconds: float) -> int:
-    """Steps until the first limit. tokens, seconds: of a step."""
-    limits = ((config.max_steps, 1.0), (config.max_tokens, tokens), (config.minutes, seconds / 60))
-    return min(math.ceil(limit / each) for limit, each in limits if limit is not None)

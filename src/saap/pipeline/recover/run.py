@@ -125,8 +125,13 @@ def _teacher(run: Recovery, *, measured: bool) -> tuple[nn.Module | TeacherLogit
 
 
 def _linears(model: nn.Module) -> dict[str, int]:
-    """Path and input size of the linear layers in the decoder blocks."""
-    return linears_inside(model, find_blocks(model))
+    """Path and input size of the linear layers in the decoder blocks. Raises ModelError if there are none."""
+    found = linears_inside(model, find_blocks(model))
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layers in its blocks", "Use --tuning full, or another model"
+        )
+    return found
 
 
 def model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter]]:
@@ -154,8 +159,6 @@ def _in_full_precision(config: RecoverConfig, model: nn.Module) -> tuple[Any, di
         found = find_routers if config.tuning is Tuning.ROUTER else weights_inside
         weights = TunedWeights(model, found(model, find_blocks(model)))
         return weights, weights.parameters
-    if not _linears(model):
-        raise _without_linears(model)
     return add_lora(model, _linears(model), rank=config.rank, alpha=config.alpha, seed=config.seed)
 
 
@@ -182,18 +185,10 @@ def _quantised_model(run: Recovery) -> Any:
 def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
     """The layers to quantise. Raises SaapError if the settings do not fit them."""
     sizes = _linears(model)
-    if not sizes:
-        raise _without_linears(model)
     check_group_sizes(sizes, config.group_size)
     if config.shard:
         check_shardable(model, sizes)
     return tuple(sizes)
-
-
-def _without_linears(model: nn.Module) -> ModelError:
-    return ModelError(
-        f"{type(model).__name__} has no linear layers in its blocks", "Use --tuning full, or another model"
-    )
 
 
 def trainer_of(

@@ -111,22 +111,17 @@ def refit_tokens(config: PruneConfig) -> int:
 def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
     """Bytes of each stage besides the weights, without the captured activations of the reconstruction."""
     windows = sizes.block_activations(WINDOW_TOKENS)
-    measuring = windows + sizes.logits + sizes.pages
+    measuring = (stages.MEASURE_DENSE, stages.EVALUATE_DENSE, stages.SEARCH, stages.MEASURE, stages.TIME_RESULT)
     inputs_of_blocks = sizes.blocks * max(TOKENS_AT_ONCE, config.preset_settings.sample_length) * sizes.width * 4
     backward = sizes.scoring(config) + (0 if config.importance.of_experts else inputs_of_blocks)
     # Gram matrices of a consumer's inputs, their factors in double precision, and its targets
     solving = 36 * sizes.widest**2 + 28 * sizes.widest * sizes.width
     kept = 0 if config.method is Method.SAAP else int(config.method.load().bytes_per_weight) * sizes.values
     return {
-        stages.MEASURE_DENSE: measuring,
+        **dict.fromkeys(measuring, windows + sizes.logits + sizes.pages),
         stages.ESTIMATE: backward + kept,
         stages.FIND_COSTS: backward + _costs(sizes, config),
-        stages.KEEP_SCORES: 0,
-        stages.EVALUATE_DENSE: measuring,
-        stages.SEARCH: measuring,
         stages.RESTORE: config.restore * max(windows + solving, _distilling(sizes, config)),
-        stages.MEASURE: measuring,
-        stages.TIME_RESULT: measuring,
     }
 
 
