@@ -15,7 +15,7 @@ from saap.core.errors import CalibrationError, NonFiniteLossError, UnsupportedMo
 from saap.core.records import AxisSlice, CalibrationSet, CoupledGroup, ModelGraph, Role
 from saap.discovery import discover
 from saap.estimation.estimate import estimate
-from saap.models.structure.linear import contracted_axis
+from saap.models.structure.linear import contracted_axis, owner
 from saap.models.walk.backend import Backend
 from saap.settings.prune import Aggregation, ElementOrder
 
@@ -56,8 +56,8 @@ def brute_force(
     products = {name: gradient * model.get_parameter(name) for name, gradient in gradients.items()}
     changes, elements = [], []
     for part in group.members:
-        path, _, attribute = part.tensor.rpartition(".")
-        if contracted_axis(model.get_submodule(path)) is None:
+        module, attribute = owner(model, part.tensor)
+        if contracted_axis(module) is None:
             continue
         change = by_unit(products[part.tensor], part, group.units)
         fine = by_unit(element(products[part.tensor], order), part, group.units)

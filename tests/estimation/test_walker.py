@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from saap.core.errors import UnsupportedModelError
-from saap.models.structure.linear import contracted_axis, linear_modules, weight_out_in
+from saap.models.structure.linear import contracted_axis, linear_modules, owner, weight_out_in
 from saap.models.walk.walker import BlockWalker, inference_only
 from saap.pipeline.shared.legality import check_walk
 
@@ -177,5 +177,10 @@ def test_linear_modules_know_their_contracted_axis() -> None:
     assert contracted_axis(llama.model.layers[0].mlp.up_proj) == 1
     assert contracted_axis(llama.model.norm) is None
     assert "model.layers.1.mlp.down_proj" in linear_modules(llama)
+    module, attribute = owner(gpt2, "transformer.h.0.mlp.c_fc.bias")
+    assert module is conv
+    assert attribute == "bias"
     with pytest.raises(TypeError):
         weight_out_in(llama.model.norm)
+    with pytest.raises(AttributeError):
+        owner(gpt2, "transformer.h.0.mlp.c_fc.nothing")

@@ -19,7 +19,7 @@ from saap.structure_search.plan import make_plan
 from saap.surgery import distillation
 from saap.surgery.cut import cut
 from saap.surgery.distillation import RANK, DistillationText, distill, updated_modules
-from saap.surgery.held_out import MICRO_BATCH, held_out_sequences, shorter
+from saap.surgery.held_out import MICRO_BATCH, divided, held_out_sequences, shorter
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 
@@ -112,6 +112,8 @@ def test_a_text_in_shorter_sequences_is_the_same_text() -> None:
     pieces = shorter(ids, 16, [1])
     assert pieces.shape == (18, 11)
     assert torch.equal(pieces.flatten(), ids.flatten())
+    fitted, others, held = divided(ids, 0, [1], share=2 / 3, length=16)  # four sequences, of which two are held out
+    assert (fitted.shape, others.shape, held) == ((2, 33), (12, 11), 6)
 
 
 def test_activations_that_are_computed_again_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from saap.estimation.importance import ElementScore, aggregate, channel_change, 
 from saap.estimation.statistics import ScoreObserver
 from saap.models.loading.precision import at_least_float32
 from saap.models.structure.keep_index import unit_channels, units_of
-from saap.models.structure.linear import contracted_axis
+from saap.models.structure.linear import contracted_axis, owner
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Batch, Observation, Signal
 from saap.settings.prune import Aggregation
@@ -183,8 +183,8 @@ class UnitImportance(ScoreObserver):
 def _is_scored(model: nn.Module, graph: ModelGraph, group: CoupledGroup, member: AxisSlice) -> bool:
     if group.role is Role.EXPERT:
         return len(graph.shapes[member.tensor]) > 2
-    path, _, attribute = member.tensor.rpartition(".")
-    linear = attribute == "weight" and contracted_axis(model.get_submodule(path)) is not None
+    module, attribute = owner(model, member.tensor)
+    linear = attribute == "weight" and contracted_axis(module) is not None
     return graph.block_of(member.tensor) >= 0 and (linear or member.part is not None)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from saap.models.loading.precision import at_least_float32
+from saap.models.structure.linear import owner
 
 
 def weights_inside(model: nn.Module, blocks: Sequence[str]) -> list[str]:
@@ -40,17 +41,15 @@ class TunedWeights:
         self._model = model
         self.parameters: dict[str, nn.Parameter] = {}
         for name in names:
-            path, _, attribute = name.rpartition(".")
-            module = self._model.get_submodule(path)
+            module, attribute = owner(self._model, name)
             register_parametrization(module, attribute, _Rounded(getattr(module, attribute).dtype), unsafe=True)
-            trained = module.parametrizations[attribute].original0
+            trained = module.parametrizations[attribute].original0  # type: ignore[union-attr, index]
             self.parameters[name] = trained.requires_grad_(True)
 
     def merge_and_unload(self) -> Any:
         """The model with its tuned weights as plain ones."""
         for name in self.parameters:
-            path, _, attribute = name.rpartition(".")
-            module = self._model.get_submodule(path)
+            module, attribute = owner(self._model, name)
             tuned = getattr(module, attribute).detach()
             remove_parametrizations(module, attribute, leave_parametrized=True)
             setattr(module, attribute, nn.Parameter(tuned, requires_grad=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,15 @@ from saap.models.walk.offload import OffloadedWeights, offloaded
 from saap.models.walk.spill import FileTensors, Tensors
 
 KEEP, ERRORS, WRITTEN = "keep/", "errors/", "written"
+
+
+class FinishedReconstruction(NamedTuple):
+    """Blocks that are done, the streams after them, and what a Reconstruction says of them."""
+
+    blocks: int
+    streams: list[Tensors]
+    keep: dict[str, tuple[int, ...]]
+    errors: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +62,24 @@ class ReconstructionRecord:
         state[WRITTEN] = np.array([layer for layer, part in enumerate(parts) if part.written], dtype=np.float64)
         write_finished(self.folder, self.digest, blocks, streams, state)
 
-    def read(self) -> tuple[int, Sequence[Tensors], dict[str, tuple[int, ...]], dict[str, float]] | None:
-        """How many blocks an interrupted run has finished, the streams after them, their kept units and errors.
+    def read(self) -> FinishedReconstruction | None:
+        """What an interrupted run has finished, of which the model gets the weights; None without a record.
 
-        The model gets their weights. None without a record. Raises StaleInputError if it is damaged.
+        Raises StaleInputError if it is damaged.
         """
         found = read_finished(self.folder, self.digest)
         if found is None:
             return None
         self.on_resume()
-        state, model, graph = found.state, self.backend.model, self.backend.graph
-        kept = {name.removeprefix(KEEP): units for name, units in state.items() if name.startswith(KEEP)}
-        keep = {name: tuple(map(int, units)) for name, units in kept.items()}
+        streams: list[Tensors] = [FileTensors(self.folder, one) for one in found.streams]
+        state = found.state
+        keep = {name.removeprefix(KEEP): units for name, units in state.items() if name.startswith(KEEP)}
         errors = {name.removeprefix(ERRORS): float(one[0]) for name, one in state.items() if name.startswith(ERRORS)}
+        finished = FinishedReconstruction(
+            found.steps, streams, {name: tuple(map(int, units)) for name, units in keep.items()}, errors
+        )
+        model, graph = self.backend.model, self.backend.graph
         for layer in map(int, state[WRITTEN]):
-            cut_bundles(model, [group for group in graph.in_block(layer) if group.name in keep], keep)
+            cut_bundles(model, [group for group in graph.in_block(layer) if group.name in keep], finished.keep)
             self.weights.read_written(graph.blocks[layer])
-        return found.steps, [FileTensors(self.folder, one) for one in found.streams], keep, errors
+        return finished

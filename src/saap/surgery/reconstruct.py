@@ -148,9 +148,10 @@ class _BlockByBlock:
         found = None if record is None else record.read()
         if found is None:
             return 0
-        blocks, (self.others, self.dense, *own), self.result.keep, self.result.errors = found
+        self.result.keep, self.result.errors = found.keep, found.errors
+        self.others, self.dense, *own = found.streams
         self.pruned = own[0] if own else self.dense
-        return blocks
+        return found.blocks
 
     def run_block(self, layer: int) -> None:
         """Finish one block."""

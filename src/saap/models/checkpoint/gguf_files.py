@@ -1,4 +1,4 @@
-"""Header of a GGUF file: fields and tensors, without the weights."""
+"""Header of a GGUF file: fields and tensors, without the weights, and what it says that transformers does not read."""
 
 from __future__ import annotations
 

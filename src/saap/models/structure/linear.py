@@ -35,6 +35,14 @@ def only_multiplies(module: nn.Module) -> bool:
         return False
 
 
+def owner(model: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:
+    """The module with the parameter of that name, and the parameter's attribute. Raises AttributeError."""
+    path, _, attribute = tensor_name.rpartition(".")
+    module = model.get_submodule(path)
+    getattr(module, attribute)
+    return module, attribute
+
+
 def embedding_of(model: nn.Module, side: str) -> nn.Module | None:
     """The module that the model names as its `input` or `output` embeddings; None if it has none."""
     try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ PIECE_BYTES = 2**26
 """More than the largest piece that an allocator keeps to itself when it is freed (32 MiB in glibc)."""
 SPILLED = ".spill"
 """Suffix of the files of sequences."""
+T = TypeVar("T")
 
 
 class Tensors(Protocol):
@@ -115,15 +117,15 @@ class Spill:
         return kept
 
 
-class _HostTensors:
-    """Tensors in host memory. Each is returned on its original device."""
+class _Stored(ABC, Generic[T]):
+    """A sequence of tensors, each kept as a piece from which it is read."""
 
-    def __init__(self) -> None:
-        self._pieces: deque[Any] = deque()
+    def __init__(self, pieces: Iterable[T] = ()) -> None:
+        self._pieces = deque(pieces)
 
-    def append(self, tensor: Tensor, /) -> None:
-        """Add one at the end."""
-        self._pieces.append((tensor.detach().cpu(), tensor.device))
+    @abstractmethod
+    def _read(self, piece: T) -> Tensor:
+        """The tensor of a piece, on its original device."""
 
     def popleft(self) -> Tensor:
         """Remove the first and return it."""
@@ -138,21 +140,28 @@ class _HostTensors:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
 
-    def _read(self, piece: Any) -> Tensor:
-        stored: Tensor = piece[0]
-        return stored.to(piece[1])
+
+class _HostTensors(_Stored[tuple[Tensor, torch.device]]):
+    """Tensors in host memory."""
+
+    def append(self, tensor: Tensor, /) -> None:
+        """Add one at the end."""
+        self._pieces.append((tensor.detach().cpu(), tensor.device))
+
+    def _read(self, piece: tuple[Tensor, torch.device]) -> Tensor:
+        stored, device = piece
+        return stored.to(device)
 
 
-class FileTensors(_HostTensors):
+class FileTensors(_Stored[Piece]):
     """Tensors in one file, read and written: pages of a mapped one would count as memory of the process.
 
-    Each is returned on its original device. stored: an existing file, which is not deleted with the sequence.
+    stored: an existing file, which is not deleted with the sequence.
     """
 
     def __init__(self, folder: Path, stored: StoredSequence | None = None) -> None:
-        super().__init__()
+        super().__init__(() if stored is None else stored.pieces)
         self._path = folder / (f"{uuid.uuid4().hex}{SPILLED}" if stored is None else stored.name)
-        self._pieces.extend(() if stored is None else stored.pieces)
         self._end = 0 if stored is None else stored.end
         self._deleted: weakref.finalize[..., FileTensors] | None = None
         if stored is None:

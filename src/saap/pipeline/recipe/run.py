@@ -41,6 +41,7 @@ from saap.recovery.quantise import check_group_sizes
 from saap.reporting.figures import require_matplotlib
 from saap.reporting.report import build_page, write_page
 from saap.settings.evaluate import EvalRequest
+from saap.settings.export import ExportRequest
 from saap.settings.prune import PrunableRole, PruneConfig
 from saap.settings.recipe import Recipe
 from saap.settings.recover import Tuning
@@ -67,7 +68,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, An
             reporter.note(f"{step.name} is done already")
         else:
             state.record(step, done=False)
-            step.run(reporter=reporter)
+            step.run(reporter)
             state.record(step, done=True)
         outputs = [str(path) for path in step.outputs]
         shown.append({"name": step.name, "fate": "kept" if step.name in kept else "made", "outputs": outputs})
@@ -143,14 +144,14 @@ class _State:
 class Step:
     """One step for one model. digest: of its settings and inputs. needs: names of earlier steps.
 
-    outputs: files or folders that it writes. run: executes it with a reporter, and may replace existing `outputs`.
+    outputs: files or folders that it writes. run: executes it, and may replace existing `outputs`.
     """
 
     name: str
     digest: str
     needs: tuple[str, ...]
     outputs: tuple[Path, ...]
-    run: Callable[..., Any]
+    run: Callable[[Reporter], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,7 @@ class _Subject:
     needs: tuple[str, ...] = ()
 
     def step(
-        self, name: str, settings: Mapping[str, Any], outputs: Iterable[Path], run: Callable[..., Any],
+        self, name: str, settings: Mapping[str, Any], outputs: Iterable[Path], run: Callable[[Reporter], Any],
         *more: str,
     ) -> Step:  # fmt: skip
         """A step for this model. settings: as plain data. more: names of further required steps."""
@@ -203,7 +204,7 @@ def recipe_steps(recipe: Recipe, *, digests: bool = True) -> list[Step]:
         into = options.model_copy(update={"out": recipe.out / "pruned"})
         targets = plan_targets(recipe.prune, into, check=False)
         folders = {target.name: target.path for target in targets if target.path is not None}
-        run: Callable[..., Any] = partial(run_prune, recipe.model, recipe.prune, into)
+        run: Callable[[Reporter], Any] = partial(run_prune, recipe.model, recipe.prune, into)
         step = model.step("prune", recipe.prune.model_dump(mode="json"), folders.values(), run)
         steps.append(step)
         subjects = [
@@ -226,12 +227,12 @@ def _uses(recipe: Recipe, subject: _Subject) -> list[Step]:
     steps = []
     for name, request in recipe.eval.items():
         out = recipe.out / "eval" / subject.folder / f"{name}.json"
-        run: Callable[..., Any] = partial(_evaluate, subject, request, out)
+        run: Callable[[Reporter], Any] = partial(_evaluate, subject, request, out)
         steps.append(subject.step(f"eval.{name}", request.model_dump(mode="json"), [out], run))
     measured = list(steps)
     for name, wanted in recipe.export.items():
         out = recipe.out / "export" / subject.folder / f"{name}{wanted.format.suffix}"
-        run = partial(export_model, subject.source, out, wanted, overwrite=True, revision=subject.options.revision)
+        run = partial(_export, subject, wanted, out)
         steps.append(subject.step(f"export.{name}", wanted.model_dump(mode="json"), [out], run))
     if recipe.report is not None:
         folder = recipe.out / "report" / subject.folder
@@ -246,6 +247,11 @@ def _uses(recipe: Recipe, subject: _Subject) -> list[Step]:
 
 def _evaluate(subject: _Subject, request: EvalRequest, out: Path, reporter: Reporter) -> None:
     write_report(out, evaluate_model(subject.source, request, subject.options, reporter).as_dict())
+
+
+def _export(subject: _Subject, request: ExportRequest, out: Path, reporter: Reporter) -> None:
+    revision = subject.options.revision
+    export_model(subject.source, out, request, overwrite=True, revision=revision, reporter=reporter)
 
 
 def _report(source: Path, evaluations: Sequence[Path], out: Path, figures: Path | None, reporter: Reporter) -> None:
