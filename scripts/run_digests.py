@@ -142,12 +142,12 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     small = folder / "default text"
     groups = ["--group-size", "16"]
     kinds = {"groupwise": groups, "feedback": [*groups, "--error-feedback"], "lora": ["--tuning", "lora"]}
+    short = ["--max-steps", "3", "--max-seq-length", "64", "--learning-rate", "0.001"]
     for name, flags in kinds.items():
-        tuning = ["--data", text, "--max-steps", "3", "--max-seq-length", "64", *flags]
+        tuning = ["--data", text, *short, *flags]
         make = partial(pruned, small, source, *given)
         yield f"recovered, {name}", partial(recovered, make, small, folder / name, *tuning)
-    tuning = ["--max-steps", "3", "--max-seq-length", "64", *groups]
-    yield "recovered, default text", partial(recovered, make, small, folder / "recovered on mixed", *tuning)
+    yield "recovered, default text", partial(recovered, make, small, folder / "recovered on mixed", *short, *groups)
     yield "evaluated", partial(evaluated, small)
     yield "compared", partial(compared, source, folder / "compared")
 

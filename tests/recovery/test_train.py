@@ -21,7 +21,7 @@ from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
 from saap.recovery import train as training
-from saap.recovery.adapter import adapt, add_lora, merge
+from saap.recovery.adapter import adapt, add_lora, merge, tuned_matrices
 from saap.recovery.quantise import quantise, quantise_by_feedback
 from saap.recovery.train import Report, Trainer, Training, learning_rate, share_done
 from saap.recovery.weights import TunedWeights, weights_inside
@@ -432,10 +432,26 @@ def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
         RecoverConfig(**changes)
 
 
-def test_the_default_rate_of_all_weights_follows_their_size() -> None:
-    matrices = {"a": torch.full((4, 4), 0.19), "b": torch.full((4, 4), -0.19), "norm": torch.ones(4)}
-    full = RecoverConfig(tuning="full")
-    assert training.peak_rate(full, matrices) == 2e-4
-    assert training.peak_rate(full, {name: one / 12 for name, one in matrices.items()}) == 2e-5
-    assert training.peak_rate(RecoverConfig(tuning="full", learning_rate=0.01), matrices) == 0.01
-    assert training.peak_rate(RecoverConfig(), matrices) == training.DEFAULT_RATE
+@pytest.mark.parametrize(("tuning", "of_smollm2", "twelfth"), [("full", 2e-4, 2e-5), ("lora", 1e-3, 8e-5)])
+def test_the_default_rate_follows_the_size_of_the_weights(tuning: str, of_smollm2: float, twelfth: float) -> None:
+    matrices = [torch.full((4, 4), 0.193), torch.full((4, 4), -0.193)]
+    assert training.peak_rate(RecoverConfig(tuning=tuning), matrices) == of_smollm2
+    assert training.peak_rate(RecoverConfig(tuning=tuning), [one / 12 for one in matrices]) == twelfth
+    assert training.peak_rate(RecoverConfig(tuning=tuning, learning_rate=0.01), matrices) == 0.01
+    assert training.peak_rate(RecoverConfig(tuning="router"), matrices) == training.ROUTER_RATE
+
+
+def test_the_tuned_matrices_are_those_under_the_adapters() -> None:
+    model = quantised()
+    plain = {
+        path: one.quantised.dequantised() for path, one in model.named_modules() if isinstance(one, GroupwiseLinear)
+    }
+    found = list(tuned_matrices(model, adapt(model, rank=2, alpha=4, seed=0)))
+    torch.testing.assert_close(found, list(plain.values()))
+    model = build("llama_tied").float()
+    linears = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    expected = [model.get_submodule(path).weight.detach() for path in linears]
+    _, parameters = add_lora(model, linears, rank=2, alpha=4, seed=0)
+    torch.testing.assert_close([one.detach() for one in tuned_matrices(model, parameters)], expected)
+    norm, matrix = torch.ones(4), torch.ones(4, 4)
+    torch.testing.assert_close([*tuned_matrices(torch.nn.Module(), {"norm": norm, "matrix": matrix})], [matrix])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -110,3 +110,13 @@ def add_lora(
             model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(paths))
         )
     return handle, {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def tuned_matrices(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The matrices that a training changes, one after the other: those under adapters, else the trained ones."""
+    packed = [layer for layer in model.modules() if isinstance(layer, AdaptedLinear)]
+    if packed:
+        return (layer.quantised.dequantised() for layer in packed)
+    of_peft = ".base_layer.weight"
+    under_lora: list[Tensor] = [value for name, value in model.named_parameters() if name.endswith(of_peft)]
+    return iter(under_lora or [one for one in parameters.values() if one.dim() > 1])

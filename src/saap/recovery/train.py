@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from saap.models.walk.activations import kept_bytes, most_kept
 from saap.models.walk.loss import TopPredictions, learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker, Stream
+from saap.recovery.adapter import tuned_matrices
 from saap.recovery.on_policy import AT_ONCE, continued
 from saap.recovery.teacher_logits import TeacherLogits
 from saap.settings.recover import RecoverConfig, Tuning
@@ -34,7 +35,9 @@ from saap.settings.recover import RecoverConfig, Tuning
 BETAS = (0.9, 0.95)
 STATE, BEST = "state.safetensors", "best.safetensors"
 LEAST_SHARE = 1e-3
-DEFAULT_RATE = 1e-3
+RATES = {Tuning.FULL: 1e-3, Tuning.LORA: 5e-3, Tuning.GROUPWISE: 5e-3}
+"""Default peak learning rates relative to the size of the tuned matrices, which differs tenfold over models."""
+ROUTER_RATE = 1e-3
 
 
 def share_done(config: RecoverConfig, steps: int, tokens: int, seconds: float) -> float:
@@ -55,16 +58,15 @@ def learning_rate(peak: float, share: float, warm_up: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (share - warm_up) / (1 - warm_up)))
 
 
-def peak_rate(config: RecoverConfig, parameters: Mapping[str, Tensor]) -> float:
-    """The peak learning rate. The default of all weights is relative to their size, which differs tenfold over models.
+def peak_rate(config: RecoverConfig, matrices: Iterable[Tensor]) -> float:
+    """The peak learning rate. The default is relative to the median root mean square of the matrices, to one digit.
 
-    It is a thousandth of the median root mean square of the matrices, to one digit: 2e-4 for SmolLM2-135M, 2e-5 for
-    Qwen2.5-Coder 0.5B.
+    All weights: 2e-4 for SmolLM2-135M, 2e-5 for Qwen2.5-Coder 0.5B. Adapters: 1e-3 and 8e-5.
     """
-    if config.learning_rate is not None or config.tuning is not Tuning.FULL:
-        return config.learning_rate or DEFAULT_RATE
-    sizes = sorted(float(one.detach().square().mean().sqrt()) for one in parameters.values() if one.dim() > 1)
-    return float(f"{DEFAULT_RATE * sizes[len(sizes) // 2]:.0e}")
+    if config.learning_rate is not None or config.tuning is Tuning.ROUTER:
+        return config.learning_rate or ROUTER_RATE
+    sizes = sorted(float(one.detach().float().square().mean().sqrt()) for one in matrices)
+    return float(f"{RATES[config.tuning] * sizes[len(sizes) // 2]:.0e}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +120,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.device = next(iter(self.parameters.values())).device
-        self.peak_rate = peak_rate(self.config, self.parameters)
+        self.peak_rate = peak_rate(self.config, tuned_matrices(self.walker.model, self.parameters))
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True
         )

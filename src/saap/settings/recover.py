@@ -100,9 +100,7 @@ class RecoverConfig(Settings):
     micro_batch: Annotated[AtLeast1, training_flag("Sequences computed at once.", name="micro_batch_size")] = 1
     learning_rate: Annotated[
         Positive | None,
-        training_flag(
-            "Peak learning rate.", default="0.001; for --tuning full, that times the weights' root mean square"
-        ),
+        training_flag("Peak learning rate.", default="by the size of the weights; 0.001 for --tuning router"),
     ] = None
     warm_up: Annotated[
         float,

@@ -196,18 +196,19 @@ def trainer_of(
     parameters: dict[str, nn.Parameter], folder: Path,
 ) -> Trainer:  # fmt: skip
     """The trainer of a run, with the teacher if the run distils."""
-    if run.config.shard:
-        layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
-        layers += [teacher.get_submodule(path) for path in _linears(teacher)] if isinstance(teacher, nn.Module) else []
-        shard_layers(layers, run.device, run.processes)
     reporter = run.meter.reporter
     products = products_of(run)
     live = BlockWalker(teacher, find_blocks(teacher), products=products) if isinstance(teacher, nn.Module) else None
-    return Trainer(
+    trainer = Trainer(
         BlockWalker(model, find_blocks(model), products=products), parameters, run.data, run.config, folder=folder,
         processes=run.processes, report=Report(step=reporter.advance, line=reporter.note),
         teacher=teacher if isinstance(teacher, TeacherLogits) else live, ends=end_tokens(model, run.tokenizer),
     )  # fmt: skip
+    if run.config.shard:  # not before, as the default learning rate follows from whole weights
+        layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+        layers += [teacher.get_submodule(path) for path in _linears(teacher)] if isinstance(teacher, nn.Module) else []
+        shard_layers(layers, run.device, run.processes)
+    return trainer
 
 
 def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, GroupwiseWeight], out: Path) -> None:
