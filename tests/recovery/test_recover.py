@@ -115,6 +115,18 @@ def test_a_dry_run_forecasts_costs_and_gain(
     assert (code, error.count("--on-policy")) == (2, 1)
 
 
+def test_a_training_that_gained_nothing_says_what_helps(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ["--data", text, "--distillation", "0", "--tuning", "full", *FLAGS]
+    for model, name, rate in ((dense, "learned", "0.01"), (tmp_path / "learned", "harmed", "1")):
+        code, out, error = run(capsys, "recover", model, *plain, "--learning-rate", rate, "--out", tmp_path / name)
+        assert code == 0, error
+        printed = " ".join(out.split())
+        assert ("(step 0 of 4)" in printed) is (name == "harmed"), printed
+        assert ("lower --learning-rate, or give more --data" in printed) is (name == "harmed")
+
+
 def test_the_law_of_tokens_rises_from_nothing() -> None:
     shares = [share_after(tokens, Tuning.FULL) for tokens in (0, 1e3, 1e5, 1e7)]
     assert shares == sorted(shares)

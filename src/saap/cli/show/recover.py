@@ -36,6 +36,11 @@ def print_recovery(report: RecoverReport) -> None:
         f"validation {report.validation_before:.4f} -> {report.validation:.4f} (step {report.best_step} of "
         f"{report.steps}); {report.tokens:,} tokens in {report.seconds:.0f} s; stopped by {report.stopped_by}"
     )
+    if not report.best_step:
+        console.print(
+            "no step lowered the validation loss, so the result has the weights that the training began with; "
+            "lower --learning-rate, or give more --data"
+        )
     packed = f"; packed {report.packed_bytes:,}" if report.packed_bytes is not None else ""
     console.print(f"bytes of the weights: {report.bytes:,} ({report.dtype}){packed}")
     answers = {"dense": report.answer_dense or None, "before": report.answer_before or None}
