@@ -432,7 +432,10 @@ def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
         RecoverConfig(**changes)
 
 
-@pytest.mark.parametrize(("tuning", "of_smollm2", "twelfth"), [("full", 2e-4, 2e-5), ("lora", 1e-3, 8e-5)])
+@pytest.mark.parametrize(
+    ("tuning", "of_smollm2", "twelfth"),
+    [("full", 2e-4, 2e-5), ("lora", 1e-3, 8e-5), ("groupwise", 1e-3, 8e-5)],
+)
 def test_the_default_rate_follows_the_size_of_the_weights(tuning: str, of_smollm2: float, twelfth: float) -> None:
     matrices = [torch.full((4, 4), 0.193), torch.full((4, 4), -0.193)]
     assert training.peak_rate(RecoverConfig(tuning=tuning), matrices) == of_smollm2
