@@ -231,6 +231,24 @@ def test_blocks_and_hidden_channels(source: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(saap.load(tmp_path / "h"), TOKENS), logits(hidden.model, TOKENS))
 
 
+def test_importance_is_not_estimated_where_it_decides_nothing(source: Path, tmp_path: Path) -> None:
+    blocks = saap.prune(source, pruning_ratio=0.25, roles=["block"], out=tmp_path / "blocks", **SETTINGS)
+    first = saap.prune(source, pruning_ratio=0.2, out=tmp_path / "first", **SETTINGS)
+    again = saap.prune(source, plan=tmp_path / "first" / "saap" / "plan.json", out=tmp_path / "again", **SETTINGS)
+    assert again.plan.keep == first.plan.keep
+    for result, folder, estimated in ((blocks, "blocks", False), (first, "first", True), (again, "again", False)):
+        stages = {stage.name for stage in result.report.stages}
+        assert ("estimate the importance of every unit" in stages) is estimated
+        assert (tmp_path / folder / "saap" / "scores.safetensors").is_file() is estimated
+        assert result.report.refit_errors
+
+
+@pytest.mark.parametrize("flag", [{"importance": "fused"}, {"strategy": "uniform"}])
+def test_whole_blocks_are_not_chosen_by_units(source: Path, flag: dict[str, str]) -> None:
+    with pytest.raises(saap.SaapError, match="changes nothing where whole blocks are dropped"):
+        saap.prune(source, pruning_ratio=0.25, roles=["block"], **SETTINGS | flag)
+
+
 def test_targets_in_parameters_and_bytes(source: Path, tmp_path: Path) -> None:
     dense = sum(p.numel() for p in tiny.model().parameters())
     result = saap.prune(source, target_params=int(0.9 * dense), **SETTINGS)

@@ -328,6 +328,10 @@ class PruneConfig(Settings):
                 not ours and changed,
                 f"--method {self.method} has rules of its own, so {' and '.join(changed)} cannot be chosen",
                 "Leave out one of the two",
+            ), (
+                ours and self.plan is None and changed and self.block_roles == (PrunableRole.BLOCK,),
+                f"{' and '.join(changed)} changes nothing where whole blocks are dropped",
+                "Add ffn or attention to --roles, or leave it out",
             ), *(
                 (
                     ours and self.flags_given(name) and self.importance not in scores,

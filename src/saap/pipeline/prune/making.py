@@ -118,7 +118,7 @@ def make_model(run: Run, target: Target, plan: StructurePlan, scores: Importance
     _check_count(run, model, plan, structure)
     made = Made(plan=plan, model=model, restored=restored)
     if target.path is not None and run.processes.first:
-        if run.experts is not None and scores is not None:
+        if run.experts is not None and not run.config.vocabulary_only:
             write_source_file(run, run.experts, made_path(run, target), plan, scores)
         else:
             _write_folder(run, target, model, plan, structure, scores)
@@ -160,7 +160,7 @@ def cut_and_restore(
     """
     biases = run.processes.broadcast_result(lambda: biases_for(run, model, plan))
     restored, text = Restored(), None
-    if run.config.restore and scores is not None and not plan.removes_nothing(run.graph):
+    if run.config.restore and not plan.removes_nothing(run.graph):
         plan, reconstruction, text = _reconstructed(run, model, plan, scores)
         restored.refit_errors = reconstruction.errors
     cut(model, run.graph, plan)
@@ -197,11 +197,11 @@ def _restoring(run: Run, model: nn.Module, half: int) -> Backend:
 
 
 def _reconstructed(
-    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
+    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores | None
 ) -> tuple[StructurePlan, Reconstruction, DistillationText]:
     """The plan with its final units, what the reconstruction did, and what is distilled on after it."""
     settings = ReconstructionSettings(second_order=False, merge=run.config.merge_experts)
-    if chooses_units(run.config):
+    if scores is not None and chooses_units(run.config):
         means = {name: score.mean for name, score in chosen_scores(run, scores).items()}
         settings = dataclasses.replace(settings, second_order=True, scores=means)
     tokens = run.tokens.tensor("refit", run.device)

@@ -50,6 +50,17 @@ def scored_roles(config: PruneConfig) -> Sequence[Role]:
     return unit_roles(config.roles) or (Role.FFN, Role.ATTENTION)
 
 
+def scores_decide(run: Run) -> bool:
+    """Whether importance decides anything: not where whole blocks alone are dropped, or plans list all their units."""
+    config = run.config
+    if config.method is not Method.SAAP:
+        return True
+    if config.plan is None:
+        return bool(unit_roles(config.block_roles))
+    plans = [target.plan for target in run.targets if target.plan is not None]
+    return any(isinstance(kept, int) for plan in plans for kept in plan.keep(run.graph).values())
+
+
 def trial_plan(graph: ModelGraph, target: Target, space: SearchSpace) -> StructurePlan:
     """A plan with the sizes of a target, made without scores. Raises TargetError or PlanError if there is none."""
     if target.plan is not None:
@@ -126,7 +137,7 @@ def search_plan(
 ) -> StructurePlan:  # fmt: skip
     """The searched or given plan of a target; of several processes the first one decides, and the others evaluate.
 
-    scores: None if only tokens are removed.
+    scores: None where they decide nothing.
     """
     config, graph = run.config, run.graph
     units = {} if scores is None else chosen_scores(run, scores)

@@ -25,7 +25,7 @@ from saap.models.walk.processes import Processes
 from saap.pipeline.prune.baselines import check_method, for_method, require_own_roles, with_measurements
 from saap.pipeline.prune.forecast import SMALLER, check_fits, check_weights_fit, forecast
 from saap.pipeline.prune.given_plan import read_given_plan
-from saap.pipeline.prune.planning import trial_plan
+from saap.pipeline.prune.planning import scores_decide, trial_plan
 from saap.pipeline.prune.result import PruneResult
 from saap.pipeline.prune.source_file import (
     Experts,
@@ -123,7 +123,7 @@ def preview(
             for target in run.targets
         ],
         "tokens": {
-            "importance": tokens.scored.tokens.size,
+            "importance": tokens.scored.tokens.size if scores_decide(run) else 0,
             "search": tokens.held.tokens.size if needs_measuring(run.config) else 0,
             "reconstruction": tokens.refit.tokens.size if run.config.restore else 0,
             "evaluation": sum(ids.size for ids in tokens.evaluation.values()),

@@ -178,7 +178,9 @@ def _of_layers(graph: ModelGraph, kept: Callable[[CoupledGroup], Sequence[int]])
     return {layer: sorted(numbers) for layer, numbers in found.items()}
 
 
-def write_source_file(run: Run, experts: Experts, made: Path, plan: StructurePlan, scores: ImportanceScores) -> None:
+def write_source_file(
+    run: Run, experts: Experts, made: Path, plan: StructurePlan, scores: ImportanceScores | None
+) -> None:
     """Write the model's files without the removed experts at `made`, with plan and scores among its records."""
     keep = _of_layers(run.graph, plan.kept)
     if not isinstance(experts, FolderExperts):
@@ -190,10 +192,11 @@ def write_source_file(run: Run, experts: Experts, made: Path, plan: StructurePla
         _write_records(records_of(folder), run, plan, scores)
 
 
-def _write_records(records: Path, run: Run, plan: StructurePlan, scores: ImportanceScores) -> None:
+def _write_records(records: Path, run: Run, plan: StructurePlan, scores: ImportanceScores | None) -> None:
     records.mkdir(parents=True, exist_ok=True)
     write_plan(records / "plan.json", plan, run.graph)
-    write_scores(records / "scores.safetensors", scores)
+    if scores is not None:
+        write_scores(records / "scores.safetensors", scores)
 
 
 def write_manifest(path: Path, manifest: RunManifest) -> None:

@@ -59,7 +59,7 @@ def requested_stages(run: Run) -> list[Stage]:
     evaluates = planning.search_evaluations(run) > 0
     costs = searches and finds_costs(config, run.loaded.model, run.graph)
     optional = {
-        stages.ESTIMATE: not costs and not config.vocabulary_only,
+        stages.ESTIMATE: not costs and planning.scores_decide(run),
         stages.FIND_COSTS: costs,
         stages.KEEP_SCORES: costs,
         stages.EVALUATE_DENSE: searches
