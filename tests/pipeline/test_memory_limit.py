@@ -225,12 +225,15 @@ def test_what_needs_the_whole_model_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"), [(("--max-memory", "1B"), 2), (("--device-map", "auto", "--dry-run"), 0)], ids=str
+)
 def test_the_preset_of_the_paper_says_that_its_recovery_is_left_out(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], expected: int
 ) -> None:
-    flags = ("--pruning-ratio", "0.2", "--preset", "paper", "--max-memory", "1B", "--out", tmp_path / "out")
-    code, said, _ = command.run(capsys, "prune", source, *flags)
-    assert (code, "leaves out the recovery of --preset paper" in said) == (2, True)
+    paper = ("--pruning-ratio", "0.2", "--preset", "paper", "--out", tmp_path / "out")
+    code, said, errors = command.run(capsys, "prune", source, *paper, *flags)
+    assert (code, f"{flags[0]} leaves out the recovery of --preset paper" in said) == (expected, True), errors
 
 
 def test_several_processes_are_refused_before_there_is_a_work_folder(

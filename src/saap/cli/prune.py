@@ -59,7 +59,8 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
         raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR, or use --dry-run")
     papers = config.preset is Preset.PAPER and config.method is Method.SAAP
     writes_file = options.out is not None and options.out.suffix == ".gguf"
-    untuned = "--max-memory" if options.max_memory is not None else "-o NAME.gguf" if writes_file else ""
+    limits = {"--max-memory": options.max_memory, "--device-map": options.device_map}
+    untuned = "-o NAME.gguf" if writes_file else next((flag for flag, given in limits.items() if given is not None), "")
     data = stages.recover or (INSTRUCTIONS if papers and not untuned else ())
     if stages.recover_minutes is not None and not data:
         raise ConfigurationError("--recover-minutes tunes nothing", "Specify the data with --recover NAME|FILE")

@@ -94,8 +94,8 @@ def check_recovery(
     hidden = getattr(load_config(resolved).get_text_config(), "hidden_size", None)
     if hidden is not None and recovery.tuning is Tuning.GROUPWISE and hidden % recovery.group_size:
         raise GroupSizeError(
-            f"--recover quantises in groups of {recovery.group_size}, which do not divide the hidden size {hidden}",
-            "Leave it out, and use `saap recover` with another --group-size later",
+            f"The tuning quantises in groups of {recovery.group_size}, which do not divide the hidden size {hidden}",
+            "Prune without --recover or --preset paper, and use `saap recover` with another --group-size later",
         )
     return resolved, read_data(recovery, load_tokenizer(resolved))
 
