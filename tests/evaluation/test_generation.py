@@ -10,7 +10,7 @@ from torch import nn
 
 from saap.core.errors import EvaluationError
 from saap.data.texts import answer_turns
-from saap.evaluation.chat import chat_perplexity
+from saap.evaluation.chat import chat_perplexity, check_conversations
 from saap.evaluation.generation import (
     Prompt,
     Written,
@@ -176,8 +176,9 @@ def test_conversations_that_cannot_be_scored_are_refused() -> None:
     with pytest.raises(EvaluationError, match="no chat template"):
         chat_perplexity(model, tokenizer, [conversation()])
     tokenizer.chat_template = TEMPLATE
-    with pytest.raises(EvaluationError, match="no turn of an assistant"):
-        chat_perplexity(model, tokenizer, [conversation()[:1]])
+    for without in (conversation()[:1], conversation()[1:2]):  # no answer, and one to nothing
+        with pytest.raises(EvaluationError, match="no turn of an assistant after another message"):
+            check_conversations(tokenizer, [without])
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(EvaluationError, match="does not fit"):
         chat_perplexity(model, tokenizer, [conversation()])

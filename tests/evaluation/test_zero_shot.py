@@ -142,8 +142,6 @@ def test_unknown_tasks_get_near_names(tmp_path) -> None:
         check_tasks(["helaswag"], None)
     with pytest.raises(EvaluationError, match="no file named"):
         check_tasks(["arc_easy"], tmp_path / "nowhere")
-    with pytest.raises(EvaluationError, match="--limit 0"):
-        check_tasks(["arc_easy"], tmp_path, 0)
 
 
 def test_a_single_question_has_no_standard_error(model, tmp_path) -> None:

@@ -227,6 +227,22 @@ def test_query_heads_are_compared_with_other_roles(source, tmp_path) -> None:
     assert all(row["pruning_ratio"] >= 0.05 for row in rows)
 
 
+def test_other_kinds_of_structures_are_added_to_a_comparison(source, tmp_path) -> None:
+    """Query heads are part of another graph, and whole blocks have no importance."""
+    options, evaluation = RunOptions(device="cpu"), EvalRequest(texts=("bundled",), window=64, max_tokens=512)
+    config = request_for(tmp_path).config.model_copy(update={"pruning_ratios": (0.05,)})
+    for label in ("magnitude", "saap@query", "saap@block"):
+        one = request_for(tmp_path, methods=label, config=config, evaluation=evaluation, restorations=(False,))
+        rows = compare(source, one, options, tmp_path / "out")["rows"]
+    assert {row["method"] for row in rows} == {"magnitude", "saap@query", "saap@block"}
+
+
+def test_a_finished_comparison_reads_no_text(done, source, monkeypatch) -> None:
+    folder, _ = done
+    monkeypatch.setattr(run, "draw_tokens", None)
+    compare(source, request_for(folder), RunOptions(device="cpu"), folder / "out")
+
+
 def test_a_ratio_that_one_method_cannot_reach_is_refused_first(source, tmp_path) -> None:
     config = request_for(tmp_path).config.model_copy(update={"pruning_ratios": (0.9,)})
     with pytest.raises(TargetError, match="cannot be removed"):

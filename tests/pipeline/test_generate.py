@@ -10,7 +10,7 @@ from tests.export.gguf_models import adaptive_folder, family_folder
 from tests.pipeline import tiny
 
 from saap.cli import app as cli
-from saap.core.errors import ConfigurationError, ModelError
+from saap.core.errors import ConfigurationError, EvaluationError, ModelError
 from saap.evaluation.generation import prompt_ids
 from saap.pipeline.evaluate.generate import Speaker, choose, continued, open_speakers
 from saap.pipeline.shared import outcome
@@ -53,7 +53,9 @@ def test_the_answer_of_a_report_is_what_the_command_writes() -> None:
 def test_sampling_follows_the_seed_and_the_temperature() -> None:
     logits = torch.tensor([0.0, 1.0, 3.0])
     generator = torch.Generator().manual_seed(0)
-    assert choose(logits, 0.0, generator) == choose(logits, 1e-40, generator) == 2
+    assert choose(logits, 0.0, generator) == choose(logits, 1e-300, generator) == 2
+    with pytest.raises(EvaluationError, match="not finite"):
+        choose(torch.tensor([0.0, float("nan")]), 1.0, generator)
     drawn = [choose(logits, 2.0, generator) for _ in range(3000)]
     share = torch.softmax(logits / 2, -1)
     for token in range(3):

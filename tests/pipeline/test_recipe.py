@@ -119,6 +119,23 @@ def test_set_takes_the_place_of_what_the_file_says(tmp_path: Path) -> None:
     assert read_recipe(file, ["recover=null"]).recover is None
 
 
+def test_any_step_may_name_the_model_of_the_recipe(tmp_path: Path) -> None:
+    tree = {"model": "dense", "out": tmp_path, "eval": {"model": {"texts": ["bundled"], "dense": "${model}"}}}
+    assert recipe_from(tree, "a recipe").eval["model"].dense == "dense"
+
+
+def test_a_recovery_that_does_not_fit_is_refused_before_the_pruning(tmp_path: Path) -> None:
+    source = tiny.folder(tmp_path / "model")  # of 32 channels
+    tuning = {"data": ["novels"], "group_size": 64}
+    recipe = recipe_from(
+        {"model": str(source), "out": str(tmp_path / "out"), "prune": {**SMALL, "align": 64}, "recover": tuning}, "one"
+    )
+    for start in (run_recipe, preview_recipe):
+        with pytest.raises(GroupSizeError, match="64, which do not divide the hidden size 32"):
+            start(recipe)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_baseline_does_not_restore_unless_told_to() -> None:
     base = {"model": "m", "out": "o"}
     plain = recipe_from({**base, "prune": {"pruning_ratios": [0.2], "method": "flap"}}, "r").prune
@@ -126,7 +143,7 @@ def test_a_baseline_does_not_restore_unless_told_to() -> None:
     assert (plain is not None and plain.restore, told is not None and told.restore) == (False, True)
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "router"])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_only_quantised_weights_have_groups(tmp_path: Path, tuning: str) -> None:
     base = {"model": str(tiny.folder(tmp_path / "odd", intermediate_size=88)), "out": str(tmp_path / "out")}
     pruning = {"pruning_ratio": [0.2], "align": 8}
@@ -135,6 +152,8 @@ def test_only_quantised_weights_have_groups(tmp_path: Path, tuning: str) -> None
     assert step["name"] == "recover"
     with pytest.raises(GroupSizeError, match="32 does not divide"):
         preview_recipe(recipe_from({**base, "recover": {}}, "r"))
+    with pytest.raises(SaapError, match="router"):
+        preview_recipe(recipe_from({**base, "recover": {"tuning": "router"}}, "r"))
 
 
 @pytest.mark.parametrize(

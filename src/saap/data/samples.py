@@ -31,7 +31,7 @@ def token_stream(texts: Sequence[str], tokenizer: Any | None) -> IntArray:
     if tokenizer is None:
         raise CalibrationError(
             "the model has no tokenizer, so a text cannot become token ids",
-            "Put the tokenizer's files next to the model, or pass token ids of shape (samples, length) from Python",
+            "Put the tokenizer's files next to the model, or pass `tokenizer` in Python",
         )
     text = "\n\n".join(texts)
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -15,6 +15,9 @@ from saap.data.texts import answer_turns
 from saap.evaluation.generation import continuation
 from saap.models.walk.probe import read_at_once
 
+MAX_TOKENS = 1024
+"""Of context and answer."""
+
 
 def check_conversations(tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> None:
     """Raise EvaluationError early for conversations that `chat_perplexity` could not use."""
@@ -23,16 +26,15 @@ def check_conversations(tokenizer: Any, conversations: Sequence[Sequence[dict[st
 
 
 def chat_perplexity(
-    model: nn.Module, tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]], *, max_tokens: int = 1024
+    model: nn.Module, tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]]
 ) -> ChatPerplexity:
     """Perplexity of the assistant's turns given all previous text; an answer includes the end of its turn.
 
-    conversations: lists of messages with `role` and `content`. max_tokens: limit of context and answer, also limited by
-    the model's positions; a longer context is cut at its beginning, a longer answer at its end. Raises EvaluationError
-    for a tokenizer without chat template, and for conversations without answers or that the template rejects or renders
-    out of order.
+    conversations: lists of messages with `role` and `content`; a context beyond MAX_TOKENS or the model's positions is
+    cut at its beginning, an answer at its end. Raises EvaluationError for a tokenizer without chat template, and for
+    conversations without answers or that the template rejects or renders out of order.
     """
-    max_tokens = read_at_once(model, max_tokens)
+    max_tokens = read_at_once(model, MAX_TOKENS)
     losses = []
     for texts in _answers(tokenizer, conversations):
         context, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
@@ -46,9 +48,12 @@ def chat_perplexity(
 
 
 def _answers(tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> Iterator[tuple[str, str]]:
+    """Each answer to a message, with the text before it."""
     for conversation in conversations:
-        yield from answer_turns("a conversation", conversation, tokenizer, error=EvaluationError)
+        turns = answer_turns("a conversation", conversation, tokenizer, error=EvaluationError)
+        yield from ((context, answer) for context, answer in turns if context)
 
 
 def _no_answers() -> EvaluationError:
-    return EvaluationError("the conversations have no turn of an assistant", "Give messages with role `assistant`")
+    what = "the conversations have no turn of an assistant after another message"
+    return EvaluationError(what, "Give messages with role `assistant`")

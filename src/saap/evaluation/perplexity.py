@@ -54,7 +54,6 @@ def perplexity(
     batch: int = 4,
     max_tokens: int | None = None,
     leading: Sequence[int] = (),
-    read: LogitsOf | None = None,
 ) -> Perplexity:
     """Perplexity over windows of `token_ids` (n,), each read on its own.
 
@@ -65,13 +64,12 @@ def perplexity(
     text is predicted too.
     max_tokens: limit on the evaluated tokens. batch: windows per forward pass, fewer for a large vocabulary.
     model: any module that maps ids (batch, tokens) to logits (batch, tokens, vocabulary), an output with `.logits`, or
-    a tuple that starts with them. Evaluated without dropout; its training flags are restored. read: returns the logits
-    of all batches of windows, in place of one call of the model for each.
+    a tuple that starts with them. Evaluated without dropout; its training flags are restored.
     Raises CalibrationError for fewer than 2 tokens, a window below 2, or a stride below 1 or above the tokens of the
     text in a window.
     """
     text = {"": _stream(token_ids)[:max_tokens]}
-    return perplexities(model, text, window=window, stride=stride, batch=batch, leading=leading, read=read)[""]
+    return perplexities(model, text, window=window, stride=stride, batch=batch, leading=leading)[""]
 
 
 @torch.no_grad()
@@ -85,7 +83,10 @@ def perplexities(
     leading: Sequence[int] = (),
     read: LogitsOf | None = None,
 ) -> dict[str, Perplexity]:
-    """Perplexity of several texts, ids (n,) by name; see `perplexity`. `read` gets the windows of all of them."""
+    """Perplexity of several texts, ids (n,) by name; see `perplexity`.
+
+    read: returns the logits of all batches of windows, of all texts, in place of one call of the model for each.
+    """
     window = default_window(model) if window is None else window
     ids = {name: _stream(text) for name, text in texts.items()}
     shortest = min(map(len, ids.values()))

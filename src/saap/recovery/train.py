@@ -397,4 +397,4 @@ def _read_state(path: Path, tensors: Mapping[str, Tensor]) -> Training:
                 tensor.copy_(file.get_tensor(name))
             return Training.model_validate_json((file.metadata() or {}).get("training", ""))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise StaleInputError(f"{path} is not a state of this training ({error})", "Delete it") from None
+        raise StaleInputError(f"{path} is not a state of this training ({error})", f"Delete {path.parent}") from None

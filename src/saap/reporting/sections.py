@@ -40,7 +40,8 @@ def evaluation_sections(reports: Sequence[EvalReport]) -> list[Section]:
     return [
         *([_perplexity_section(perplexity)] if any(perplexity.values()) else []),
         *([_task_section(tested)] if tested else []),
-        *(_generation_section(one) for one in generations if one.figures or one.samples.get("greedy")),
+        *(_generation_section(one) for one in generations if one.figures or one.cloze or one.samples.get("greedy")),
+        *(_chat_section(report) for report in reports if report.chat is not None),
         *(_speed_section(report.speed) for report in reports if report.speed is not None),
     ]
 
@@ -111,6 +112,17 @@ def _generation_section(generation: GenerationReport) -> Section:
     caption = "Generated text: diversity, repetition, and perplexity under the dense model"
     tables = [(caption, (["model, mode", *(label for _, label, _ in MEASURES)], rows))] if rows else []
     return Section(name="answers", title="Answers side by side", paragraphs=said, tables=tables, answers=answers)
+
+
+def _chat_section(report: EvalReport) -> Section:
+    """Perplexity of the answers in conversations."""
+    parts = [part for part in (report.dense, report) if part is not None]
+    found = {name: part.chat for name, part in zip(_labels(parts), parts, strict=True) if part.chat is not None}
+    rows = [[name, number(one.value, 2), f"{one.tokens:,}", str(one.turns)] for name, one in found.items()]
+    table = ["model", "perplexity", "tokens", "answers"], rows
+    return Section(
+        name="conversations", title="Answers in conversations", tables=[("Given all messages before", table)]
+    )
 
 
 def _speed_section(speed: SpeedReport) -> Section:

@@ -65,7 +65,7 @@ class EvalRequest(Settings):
     task_data: Annotated[
         Path | None, tasks_flag("Folder with TASK.SPLIT.jsonl files, instead of the hub.", metavar="DIR")
     ] = None
-    limit: Annotated[int | None, tasks_flag("Only the first N questions of each task.")] = None
+    limit: Annotated[AtLeast1 | None, tasks_flag("Only the first N questions of each task.")] = None
     rounded: Annotated[
         bool, tasks_flag(
             "Round products to bfloat16 while tasks are scored, which can be faster.", name="rounded_tasks",
@@ -107,6 +107,8 @@ class EvalRequest(Settings):
         for flag, measured, names in (
             ("--perplexity", self.texts, ("stride", "max_tokens")),
             ("--tasks", self.tasks, ("task_data", "limit", "rounded")),
+            ("--prompts", self.prompts, ("generated_tokens",)),
+            ("--dense", self.dense or self.prompts or self.speed, ("dense_revision", "dense_trust_remote_code")),
         ):
             if not measured and (given := self.flags_changed(*names)):
                 raise ValueError(f"nothing reads {' and '.join(given)} without {flag}", f"Add {flag}, or leave it out")
@@ -142,6 +144,6 @@ class DenseSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.no_dense and self.dense is not None:
-            raise ValueError("--no-dense and --dense were given together", "Give one of the two")
+        if self.no_dense and (given := self.flags_changed("dense", "dense_revision", "dense_trust_remote_code")):
+            raise ValueError(f"--no-dense and {given[0]} were given together", "Give one of the two")
         return self

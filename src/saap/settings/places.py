@@ -29,11 +29,13 @@ class Place:
         """Store a value; True for a nested model means its defaults, False none."""
         *outer, last = self.path
         for field in outer:
-            values = values.setdefault(field, {})
-        if self.setting.inner is None or not isinstance(value, bool):
-            values[last] = value
-        elif value:
-            values.setdefault(last, {})
+            inner: dict[str, Any] | None = values.setdefault(field, {})
+            if inner is None:  # the model that it is a detail of is not wanted
+                return
+            values = inner
+        if self.setting.inner is not None and isinstance(value, bool):
+            value = {} if value else None
+        values[last] = value
 
 
 def models_of(function: Callable[..., Any]) -> dict[str, tuple[type[Settings], Only]]:
@@ -72,11 +74,12 @@ def filled(
         check_once({name: known[name][0].path for name in given})
     except ValueError as error:
         raise ConfigurationError(*error.args) from None
-    for name, value in given.items():
+    for name in given:
         if message := known[name][0].setting.renamed(name):
             warnings.warn(message, FutureWarning, stacklevel=3)
-        for place in known[name]:
-            place.put(values, value)
+    placed = [(place, value) for name, value in given.items() for place in known[name]]
+    for place, value in sorted(placed, key=lambda one: len(one[0].path)):  # a model before its details
+        place.put(values, value)
     return {parameter: kind(**values[parameter]) for parameter, (kind, _) in models.items()}
 
 

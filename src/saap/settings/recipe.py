@@ -183,7 +183,7 @@ def _put(tree: dict[str, Any], setting: str) -> None:
 
 def _with_model(value: Any, model: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: item if key == "model" else _with_model(item, model) for key, item in value.items()}
+        return {key: _with_model(item, model) for key, item in value.items()}
     if isinstance(value, list):
         return [_with_model(item, model) for item in value]
     return model if value == THE_MODEL else value

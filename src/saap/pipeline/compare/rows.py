@@ -49,7 +49,7 @@ class RowStore:
         texts = {name: str(value) for name, value in evaluation.model_copy(update=defaults).model_dump().items()}
         files = named_files({**config, "texts": evaluation.texts})
         try:
-            settings = [__version__, config, texts, graph.digest, *([files] if files else [])]
+            settings = [__version__, config, texts, graph.model.digest, *([files] if files else [])]
             WorkFolder(self.folder).open(digest_of(settings))
         except (OutputError, StaleInputError) as error:
             raise type(error)(error.offender, REMEDY) from None

@@ -75,16 +75,23 @@ def compare(
             check_method(config, graph)
             for target in _targets(config, graph, loaded):
                 check_reachable(graph, target.budget, search_space(loaded.model, graph, config))
-    with meter.stage(READ_TEXT):
-        tokens = {seed: _tokens(loaded, request, seed) for seed in request.seeds}
-    bench = _Bench(loaded, graph, request, streams, tokens, meter, RowStore(out, request))
-    bench.rows.open(graph)
-    with WorkFolder(out).alone(Processes()), quick_float32_products():
+    rows = RowStore(out, request)
+    rows.open(graph)
+    with WorkFolder(out).alone(Processes()):
+        with meter.stage(READ_TEXT):
+            tokens = {seed: _tokens(loaded, request, seed) for seed in request.seeds if rows.lacking(seed)}
+        return _compared(_Bench(loaded, graph, request, streams, tokens, meter, rows), options)
+
+
+def _compared(bench: _Bench, options: RunOptions) -> Comparison:
+    """Measure what is missing, and write the comparison."""
+    request, out = bench.request, bench.rows.folder
+    with quick_float32_products():
         dense = bench.dense_row()
         for seed in request.seeds:
             bench.make_rows(seed, options, dense)
         result = Comparison(
-            model=loaded.ref.source, dense=dense, rows=bench.rows.finished(), command=typed_command(),
+            model=bench.loaded.ref.source, dense=dense, rows=bench.rows.finished(), command=typed_command(),
             settings=request.config.model_dump(mode="json"), versions=recorded_versions(),
         )  # fmt: skip
         write_whole(out / COMPARISON, (result.model_dump_json(indent=1) + "\n").encode())
@@ -168,15 +175,15 @@ class _Bench:
     def _share(self, seed: int, options: RunOptions) -> Run:
         """The calibration of one seed and the baselines' measurements with it, the same for every method."""
         config = self.request.config.model_copy(update={"seed": seed, "restore": True})
-        work = WorkFolder(self.rows.folder / "work" / f"seed-{seed}")
+        work = WorkFolder(self.rows.folder / "work" / f"{self.graph.digest[:12]}-seed-{seed}")
         space = search_space(self.loaded.model, self.graph, config)
         run = Run(config, options, self.loaded, self.graph, space, self.tokens[seed], work, self.meter)
         return dataclasses.replace(run, measurements=measurements(run))
 
     def _score(
         self, shared: Run, choice: MethodChoice, shared_seconds: dict[str, float]
-    ) -> tuple[Run, ImportanceScores, float]:
-        """The run of one method, its scores, and their seconds including passes shared by several methods.
+    ) -> tuple[Run, ImportanceScores | None, float]:
+        """The run of one method, its scores if they decide anything, and their seconds with the shared passes.
 
         shared_seconds: of those passes so far, each made once, by name of the measurement.
         """
@@ -193,11 +200,11 @@ class _Bench:
             shared_seconds[needs] = time.perf_counter() - start
         start = time.perf_counter()
         with self.meter.stage(f"{choice.label}: score"):
-            scores = carry_out(run, ("scores",))["scores", ""]
+            scores = carry_out(run, ("scores",)).get(("scores", ""))
         return run, scores, time.perf_counter() - start + shared_seconds.get(needs, 0.0)
 
     def _plans(
-        self, run: Run, scores: ImportanceScores, ratios: tuple[float, ...]
+        self, run: Run, scores: ImportanceScores | None, ratios: tuple[float, ...]
     ) -> tuple[dict[float, StructurePlan], float]:
         """The plan of each ratio, whether reconstructed or only cut, and the seconds that each took."""
         targets = _targets(run.config.model_copy(update={"pruning_ratios": ratios}), self.graph, self.loaded)
@@ -207,8 +214,8 @@ class _Bench:
         return {ratio: found["plan", target.name] for ratio, target in zip(ratios, targets, strict=True)}, seconds
 
     def _make_row(
-        self, label: str, run: Run, scores: ImportanceScores, ratio: float, plan: StructurePlan, spent: StageSeconds,
-        dense: DenseRow,
+        self, label: str, run: Run, scores: ImportanceScores | None, ratio: float, plan: StructurePlan,
+        spent: StageSeconds, dense: DenseRow,
     ) -> ComparisonRow:  # fmt: skip
         """Make and measure the model of a plan. spent: seconds on the scores and the search."""
         start, before, restored = time.perf_counter(), len(self.meter.stages), run.config.restore

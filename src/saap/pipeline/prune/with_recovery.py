@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from saap._version import __version__
-from saap.core.errors import ConfigurationError, GroupSizeError
+from saap.core.errors import ConfigurationError
 from saap.core.records import digest_of
 from saap.data.training import TrainingData
-from saap.models.loading.pretrained import load_config, load_tokenizer
+from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.prune.result import PruneReport
 from saap.pipeline.prune.run import run_prune
-from saap.pipeline.recover.context import GGUF_LATER, check_processes, check_tuning, read_data
+from saap.pipeline.recover.context import GGUF_LATER, check_early, read_data
 from saap.pipeline.recover.result import RecoverReport
 from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.digests import model_digest, named_files
@@ -22,7 +22,7 @@ from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.targets import Target, finished_report, is_file, place_finished, plan_targets, work_path
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
-from saap.settings.recover import RecoverConfig, Tuning, check_alignment
+from saap.settings.recover import RecoverConfig, check_alignment
 
 PRUNED = "pruned.json"
 
@@ -87,16 +87,8 @@ def check_recovery(
                 "Leave out one of them, and use `saap recover` later",
             )
     check_alignment(pruning.align, recovery)
-    count = Processes.found().count
-    check_processes(shared_by(recovery, count), options, count)
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    check_tuning(recovery, resolved)
-    hidden = getattr(load_config(resolved).get_text_config(), "hidden_size", None)
-    if hidden is not None and recovery.tuning is Tuning.GROUPWISE and hidden % recovery.group_size:
-        raise GroupSizeError(
-            f"The tuning quantises in groups of {recovery.group_size}, which do not divide the hidden size {hidden}",
-            "Prune without --recover or --preset paper, and use `saap recover` with another --group-size later",
-        )
+    check_early(shared_by(recovery, Processes.found().count), resolved, options)
     return resolved, read_data(recovery, load_tokenizer(resolved))
 
 

@@ -28,7 +28,7 @@ from saap.pipeline.prune.baselines import check_method, for_method, require_own_
 from saap.pipeline.prune.planning import trial_plan
 from saap.pipeline.prune.run import reachable_targets, run_prune
 from saap.pipeline.prune.source_file import folder_experts, stored_bytes
-from saap.pipeline.recover.context import check_tuning, read_data
+from saap.pipeline.recover.context import check_early, read_data
 from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.dense_model import manifest_of, resolve_dense
 from saap.pipeline.shared.digests import model_digest, named_files, tree_digest
@@ -82,7 +82,7 @@ def _check_inputs(recipe: Recipe) -> None:
     manifest = manifest_of(resolved) if recipe.prune is None else None  # a model pruned here has none yet
     # a dense model that only a manifest specifies may be missing
     if recipe.recover is not None:
-        check_tuning(recipe.recover, resolved)
+        check_early(recipe.recover, resolved, RunOptions(out=recipe.out))
         read_data(recipe.recover, load_tokenizer(resolved))
         if recipe.recover.teacher is not None:
             resolve_dense(recipe.recover, manifest)
@@ -179,8 +179,8 @@ class _Subject:
         )  # fmt: skip
 
     def made_by(self, step: Step, source: Path, folder: str, digest: str) -> _Subject:
-        """The model written by a step: opened without the revision and trust_remote_code of the first one."""
-        options = self.options.model_copy(update={"revision": None, "trust_remote_code": False})
+        """The model written by a step, which has no revision."""
+        options = self.options.model_copy(update={"revision": None})
         return _Subject(str(source), folder, digest, options, (step.name,))
 
 
@@ -273,6 +273,8 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
     load_tokenizer(resolved)
     model = model_without_weights(resolved)
+    if recipe.recover is not None:
+        check_early(recipe.recover, resolved, RunOptions(out=recipe.out))
     tuning = recipe.recover if recipe.prune is None else None
     if tuning is not None and tuning.tuning is Tuning.GROUPWISE:
         check_group_sizes(linears_inside(model, find_blocks(model)), tuning.group_size)

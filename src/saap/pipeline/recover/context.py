@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from saap._version import __version__
-from saap.core.errors import ConfigurationError, SaapError
+from saap.core.errors import ConfigurationError, GroupSizeError, SaapError
 from saap.core.manifest import RunManifest
 from saap.core.records import IntArray, digest_of
 from saap.data.samples import leading_ids
@@ -18,7 +18,7 @@ from saap.data.training import TrainingData, training_data
 from saap.discovery.blocks import find_blocks
 from saap.export.placing import check_output, check_place, check_source_stays
 from saap.models.loading.devices import pick_device, pick_dtype
-from saap.models.loading.pretrained import load_tokenizer, model_without_weights
+from saap.models.loading.pretrained import load_config, load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.structure.routers import find_routers
 from saap.models.walk.processes import Processes
@@ -153,6 +153,18 @@ def check_logits_folder(config: RecoverConfig, options: RunOptions) -> None:
         check_place(folder, 0, LOGITS_FLAG)
         if folder.exists():
             raise ConfigurationError(f"{LOGITS_FLAG} {folder} is not a folder", "Specify another one")
+
+
+def check_early(config: RecoverConfig, resolved: ResolvedModel, options: RunOptions) -> None:
+    """Raise SaapError for a recovery that is impossible however the model is pruned before it."""
+    check_processes(config, options, Processes.found().count)
+    check_tuning(config, resolved)
+    hidden = getattr(load_config(resolved).get_text_config(), "hidden_size", None)
+    if hidden is not None and config.tuning is Tuning.GROUPWISE and hidden % config.group_size:
+        raise GroupSizeError(
+            f"The tuning quantises in groups of {config.group_size}, which do not divide the hidden size {hidden}",
+            "Prune without it, and use `saap recover` with another --group-size later",
+        )
 
 
 def check_tuning(config: RecoverConfig, resolved: ResolvedModel) -> None:
