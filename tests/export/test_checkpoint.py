@@ -211,8 +211,14 @@ def test_scaled_and_layered_rotary_embeddings_are_spelled_both_ways() -> None:
     scaled = {"rope_parameters": {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}}
     written_again = with_both_rope_spellings(scaled)
     assert written_again == {**scaled, "rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
-    layered = {"rope_parameters": {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_theta": 3.0}}}
+    layered: dict[str, Any] = {
+        "rope_parameters": {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_theta": 3.0}}
+    }
     assert with_both_rope_spellings(layered) == {**layered, "rope_theta": 5.0, "rope_local_base_freq": 3.0}
+    layered["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    old = {"rope_theta": 5.0, "rope_local_base_freq": 3.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert with_both_rope_spellings(layered) == {**layered, **old}
+    assert with_both_rope_spellings({"text_config": scaled}) == {"text_config": written_again}
     assert with_both_rope_spellings({"model_type": "gpt2"}) == {"model_type": "gpt2"}
 
 

@@ -62,6 +62,12 @@ def test_stock_models_compute_the_same_in_llama_cpp(tmp_path: Path, name: str, a
 
 
 HALF = tuple(range(0, 80, 2))
+FULL_FIRST = ["full_attention", *["sliding_attention"] * 6]
+SCALED = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+}
+"""Rotary embeddings of a Gemma 3 by kind of layer."""
 
 
 DIFFERENT = {
@@ -110,13 +116,20 @@ def test_in_16_bits_they_have_the_same_next_token_on_2000_tokens(tmp_path: Path,
     assert done["perplexity_ratio"] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("options", [{"layer_types": FULL_FIRST}, {"query_pre_attn_scalar": 24}], ids=str)
+def test_what_gemma3_derives_from_the_depth_gemma4_is_told(tmp_path: Path, options: dict[str, Any]) -> None:
+    """As after blocks were dropped: llama.cpp's gemma3 has full attention in every sixth layer, and its own scale."""
+    folder = family_folder(tmp_path / "model", "gemma3", num_hidden_layers=7, rope_parameters=SCALED, **options)
+    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
+    assert done.architecture == "gemma4"
+    assert done.agreement is not None
+    assert done.agreement.share >= least_share("gemma3")
+    assert abs(done.agreement.divergence) < EXACT
+
+
 def test_windows_of_layers_that_differ_compute_the_same_in_llama_cpp(tmp_path: Path) -> None:
     """The sixth layer has full attention, whose rotary embedding has another base and is scaled."""
-    rope = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-    }
-    options: dict[str, Any] = {"num_hidden_layers": 7, "rope_parameters": rope, "query_pre_attn_scalar": 12}
+    options: dict[str, Any] = {"num_hidden_layers": 7, "rope_parameters": SCALED, "query_pre_attn_scalar": 12}
     folder = adaptive_folder(tmp_path, "gemma3", ffn={0: HALF}, attention={5: (1,), 6: (0, 2)}, **options)
     done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
     assert done.agreement is not None

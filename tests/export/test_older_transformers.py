@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,9 +57,9 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(at), "HF_MODULES_CACHE": str(at / "modules"), "HF_HUB_OFFLINE": "1"}
 
 
-def uniform_folder(at: Path, name: str) -> Path:
+def uniform_folder(at: Path, name: str, **changes: Any) -> Path:
     """The family's tiny model with fewer FFN channels, the same number in every layer: the stock class."""
-    family_model(name).save_pretrained(at / "dense")
+    family_model(name, **changes).save_pretrained(at / "dense")
     model = load(at / "dense", device="cpu")
     graph = discover(model)
     keep = uniform_keep(graph, Role.FFN)
@@ -75,6 +76,12 @@ def test_both_layouts_open_in_an_older_version(tmp_path: Path, older: dict[str, 
         adaptive_folder(tmp_path / f"adaptive-{name}", name, ffn=fewer, attention={1: (0, 2)})
         for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt")
     ]
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    }
+    kinds: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"], "rope_parameters": rope}
+    folders.append(uniform_folder(tmp_path / "uniform-gemma3", "gemma3", **kinds))
     folders += [uniform_folder(tmp_path / f"uniform-{name}", name) for name in ("llama", "qwen2", "mistral")]
     done = subprocess.run(
         [sys.executable, "-c", READER, json.dumps(IDS), *map(str, folders)],

@@ -222,19 +222,21 @@ def _adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
 def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
     """config.json with the rotary embedding as `rope_parameters` and also as `rope_theta` and `rope_scaling`.
 
-    Older consumers know only the latter. fields: of a configuration; without the new spelling they are returned
-    unchanged.
+    Older consumers know only the latter. fields: of a configuration, possibly with that of its text model inside;
+    without the new spelling they are returned unchanged.
     """
+    if isinstance(inner := fields.get("text_config"), dict):
+        fields = {**fields, "text_config": with_both_rope_spellings(inner)}
     rope = fields.get("rope_parameters")
     if not isinstance(rope, dict):
         return fields
-    if any(isinstance(value, dict) for value in rope.values()):
-        bases = {kind: value.get("rope_theta") for kind, value in rope.items() if isinstance(value, dict)}
-        old = {"rope_theta": bases.get("full_attention"), "rope_local_base_freq": bases.get("sliding_attention")}
-        return {**{name: value for name, value in old.items() if value is not None}, **fields}
+    full, local = rope.get("full_attention"), rope.get("sliding_attention")  # where each kind of layers has its own
+    rope = full if isinstance(full, dict) else rope
     old = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     if rope.get("rope_type", "default") != "default":
         old["rope_scaling"] = {name: value for name, value in rope.items() if name not in old}
+    if isinstance(local, dict) and "rope_theta" in local:
+        old["rope_local_base_freq"] = local["rope_theta"]
     return {**old, **fields}
 
 

@@ -29,6 +29,26 @@ def faults(config: Any, architecture: Architecture, head_size: int) -> list[str]
     ]
 
 
+def faults_of_depth(config: Any, architecture: Architecture, head_size: int) -> Iterator[str]:
+    """Differences in what llama.cpp derives from a layer's place or the number of layers, in words.
+
+    An architecture whose layers say themselves whether they have windows has none of them.
+    """
+    period = architecture.window_period
+    if period and sliding_window(config) is not None:
+        kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
+        wrong = [index for index, kind in enumerate(kinds) if (kind == _GLOBAL) != ((index + 1) % period == 0)]
+        if wrong:
+            layers = ", ".join(map(str, wrong[:6]))
+            yield f"full attention in other layers than every {period}th (layers {layers})"
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    if scalar is not None and architecture.norm_offset:
+        wide = config.num_hidden_layers == architecture.wide_scale_layers
+        expected = config.hidden_size / config.num_attention_heads if wide else head_size
+        if scalar != expected:
+            yield f"attention scaled by {scalar}^-1/2 (llama.cpp has {expected:g}^-1/2)"
+
+
 def _of_activation(config: Any, architecture: Architecture) -> Iterator[str]:
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if activation != architecture.activation:
@@ -43,19 +63,6 @@ def _of_attention(config: Any, architecture: Architecture, head_size: int) -> It
         rope_fields(config, architecture, head_size)
     except ValueError as error:
         yield str(error)
-    period = architecture.window_period
-    if period and sliding_window(config) is not None:
-        kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
-        wrong = [index for index, kind in enumerate(kinds) if (kind == _GLOBAL) != ((index + 1) % period == 0)]
-        if wrong:
-            layers = ", ".join(map(str, wrong[:6]))
-            yield f"full attention in other layers than every {period}th (layers {layers})"
-    scalar = getattr(config, "query_pre_attn_scalar", None)
-    if scalar is not None and architecture.norm_offset:
-        wide = config.num_hidden_layers == architecture.wide_scale_layers
-        expected = config.hidden_size / config.num_attention_heads if wide else head_size
-        if scalar != expected:
-            yield f"attention scaled by {scalar}^-1/2 (llama.cpp has {expected:g}^-1/2)"
     if architecture.latent and config.q_lora_rank is None and config.num_hidden_layers not in _PLAIN_QUERIES:
         yield f"queries without a latent vector in {config.num_hidden_layers} layers"
     if architecture.multi_head and config.num_key_value_heads != config.num_attention_heads:

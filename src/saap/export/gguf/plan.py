@@ -14,6 +14,7 @@ from saap.export.gguf.fields import (
     WriterFields,
     expert_fields,
     faults,
+    faults_of_depth,
     head_fields,
     rope_fields,
     rope_of_windows,
@@ -65,7 +66,10 @@ class GgufPlan:
             )
         family = ARCHITECTURES[model_type]
         self._head_size = config.qk_nope_head_dim + config.qk_rope_head_dim if family.latent else head_size(config)
-        if found := faults(config, family, self._head_size):
+        found, of_depth = faults(config, family, self._head_size), [*faults_of_depth(config, family, self._head_size)]
+        if family.per_layer is None or not family.per_layer.windows:
+            found += of_depth
+        if found:
             problem = f"llama.cpp has no {model_type} with {'; '.join(found)}"
             raise ExportError(problem, "Use the folder with transformers")
         self._config, self._shapes, self._family, self._packed = config, shapes, family, packed
@@ -85,7 +89,7 @@ class GgufPlan:
         places = {f"{_BLOCK.format(layer)}{module}.bias" for layer in range(len(stored)) for module in ALL_BIASES}
         usual = tuple(f"{module}.bias" for module in family.biases)
         self._added_biases = [name for name in shapes if name in places and not name.endswith(usual)]
-        self._differ = len(set(stored)) > 1 or 0 in (stored[0].heads, stored[0].ffn)
+        self._differ = bool(of_depth) or len(set(stored)) > 1 or 0 in (stored[0].heads, stored[0].ffn)
         self._differ |= bool(self._added_biases) and family.per_layer is not None and bool(family.per_layer.biases)
         self._per_layer = family.per_layer if self._differ else None
         self.architecture = family.name if self._per_layer is None else self._per_layer.name
