@@ -20,7 +20,7 @@ from saap.baselines.baseline import add_biases
 from saap.core.errors import ModelError, OutputError
 from saap.core.manifest import BaseModelIdentity, Change, PerplexityChange, RunManifest, recorded_versions
 from saap.core.records import Layout, ModelGraph, StructurePlan
-from saap.export import huggingface
+from saap.export import huggingface, placing
 from saap.export.huggingface import (
     CheckpointParts,
     entry_bytes,
@@ -29,7 +29,6 @@ from saap.export.huggingface import (
     write_checkpoint,
 )
 from saap.export.model_card import escape, licence_of, model_card, opens_with_code
-from saap.export.placing import check_output
 from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.pruned_structure import mark_pruned
 from saap.models.checkpoint.safetensor_files import INDEX_NAME
@@ -244,7 +243,7 @@ def test_a_full_disk_is_told_with_both_numbers(tmp_path: Path, monkeypatch: pyte
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 9 * 10**8, 10**8))
     with pytest.raises(OutputError, match=r"needs 1,067 MB, but .* has 100 MB free"):
-        check_output(tmp_path / "out", 10**9, overwrite=False)
+        placing.check_output(tmp_path / "out", 10**9, overwrite=False)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -327,3 +326,21 @@ def test_cutting_twice_changes_nothing(tmp_path: Path) -> None:
     before = copy.deepcopy(model.state_dict())
     assert cut(model, graph, plan) == first
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_incomplete_copy_to_another_disk_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "work" / "small"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+
+    def full(source: Path, to: Path) -> None:
+        shutil.copytree(source, to)
+        raise shutil.Error([(str(source), str(to), "[Errno 28] No space left on device")])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(placing.shutil, "move", full)
+        with pytest.raises(OutputError, match=r"out cannot be written \(\[Errno 28\] No space left on device\)"):
+            placing.place(folder, tmp_path / "out")
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    placing.place(folder, tmp_path / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "work"]

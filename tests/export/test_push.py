@@ -24,6 +24,7 @@ class Hub:
 
     def __init__(self, status: int = 200) -> None:
         self.status, self.asked, self.files = status, [], {}  # type: ignore[var-annotated]
+        self.private = True
 
     def __call__(self, request: Any) -> Any:
         path = request.url.path
@@ -35,6 +36,8 @@ class Hub:
     def answer(self, path: str, request: Any) -> dict[str, Any]:
         if path == "/api/repos/create":
             return {"url": "https://huggingface.co/me/small", "name": "me/small"}
+        if path == "/api/models/me/small":
+            return {"id": "me/small", "private": self.private}
         if path.endswith("/preupload/main"):
             files = json.loads(request.read())["files"]
             kept = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
@@ -81,6 +84,35 @@ def test_the_folder_is_uploaded_with_a_card_the_hub_accepts(
     assert head["library_name"] == "transformers"
     assert head["license"] == "apache-2.0"
     assert "pruned" in head["tags"]
+
+
+def test_the_lines_that_open_an_upload_name_its_owner(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
+    assert run(monkeypatch, folder, "--push", "small") == 0
+    assert 'saap.load("me/small")' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_private_upload_does_not_become_public(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], private: bool
+) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
+    hub.private = private
+    code = run(monkeypatch, folder, "--push", "me/small", "--private")
+    assert (code, bool(hub.files)) == (0 if private else 2, private)
+    assert ("me/small exists and is public" in capsys.readouterr().err) is not private
+
+
+def test_code_of_a_folder_is_uploaded_and_not_run(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
+    fields = json.loads((folder / "config.json").read_text())
+    fields |= {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "own.py").write_text("raise SystemExit")
+    assert run(monkeypatch, folder, "--push", "me/small") == 0
+    assert "own.py" in hub.files
 
 
 def test_a_refusal_is_one_sentence(

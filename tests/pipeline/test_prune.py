@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import random
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ import pytest
 import torch
 from tests.families import build
 from tests.pipeline import tiny
+from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import saap
 from saap.core.errors import (
@@ -247,6 +249,17 @@ def test_importance_is_not_estimated_where_it_decides_nothing(source: Path, tmp_
 def test_whole_blocks_are_not_chosen_by_units(source: Path, flag: dict[str, str]) -> None:
     with pytest.raises(saap.SaapError, match="changes nothing where whole blocks are dropped"):
         saap.prune(source, pruning_ratio=0.25, roles=["block"], **SETTINGS | flag)
+
+
+def test_a_tokenizer_of_another_alphabet_is_measured_on_held_out_text(tmp_path: Path) -> None:
+    source, letters = tiny.folder(tmp_path / "dense"), "абвгдежзийклмноп"
+    inner = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(source)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(random.Random(0).choices(letters, k=9000)), encoding="utf-8")
+    report = saap.prune(source, pruning_ratio=0.2, calibration=text, **SETTINGS).report
+    assert report.perplexity > 1
+    assert report.evaluation_text == "held-out calibration samples"
 
 
 def test_targets_in_parameters_and_bytes(source: Path, tmp_path: Path) -> None:

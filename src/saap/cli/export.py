@@ -41,6 +41,8 @@ def export(
     display: Display,
 ) -> None:
     """Write MODEL in the format of another program, and check the file there."""
+    from huggingface_hub import RepoUrl
+
     from saap.cli.show.output import make_reporter, show
     from saap.pipeline.export.run import export_model, opening_lines, push
 
@@ -52,7 +54,7 @@ def export(
     with make_reporter(display) as reporter:
         if target.push is not None and target.out is None:
             address = push(model, target.push, private=target.private, reporter=reporter)
-            opened = (f"  {line}" for line in opening_lines(model, target.push))
+            opened = (f"  {line}" for line in opening_lines(model, RepoUrl(address).repo_id))
             lines = (f"uploaded {model} to {address}", "open it with:", *opened)
             return show(display, {"address": address}, lambda: print(*lines, sep="\n"))
         if target.out is None or target.push is not None:

@@ -122,11 +122,14 @@ def place(folder: Path, out: Path) -> None:
     except BaseException as error:
         if old.exists():
             old.rename(out)
-        if part.exists():
+        if folder.exists():  # the part is an incomplete copy on another disk
+            shutil.rmtree(part, ignore_errors=True)
+        elif part.exists():
             shutil.move(part, folder)
         if not isinstance(error, OSError):
             raise
-        raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or error
+        raise OutputError(f"{out} cannot be written ({reason})", "Choose another --out") from error
     shutil.rmtree(old, ignore_errors=True)
     remove_leftovers(out)
 

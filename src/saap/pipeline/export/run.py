@@ -111,9 +111,11 @@ def push(folder: str | Path, repository: str, *, private: bool = False, reporter
     """Upload a checkpoint folder to a model repository of the hub, created if necessary. Returns its URL.
 
     The folder is uploaded unchanged after the usual checks of a model. Raises ModelError; OutputError if not logged in,
-    for an invalid name, or if the hub rejects the upload or cannot be reached.
+    for an invalid name or an existing public repository if it is to be private, or if the hub rejects the upload or
+    cannot be reached.
     """
-    resolved = resolve_model(folder) if Path(folder).is_dir() else None  # nothing is fetched to be uploaded again
+    # nothing is fetched to be uploaded again, and no code is run
+    resolved = resolve_model(folder, trust_remote_code=True) if Path(folder).is_dir() else None
     if resolved is None or resolved.gguf_file is not None:
         raise ModelError(f"{folder} is not the folder of a checkpoint", "Give the folder that `saap prune` wrote")
     files = [file for file in resolved.folder.rglob("*") if file.is_file()]
@@ -122,10 +124,12 @@ def push(folder: str | Path, repository: str, *, private: bool = False, reporter
     api = HfApi()
     try:
         created = api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=created.repo_id, folder_path=resolved.folder, ignore_patterns=_NOT_UPLOADED,
-            commit_message="Upload pruned model",
-        )  # fmt: skip
+        public = private and not api.repo_info(created.repo_id).private  # the hub leaves existing ones as they are
+        if not public:
+            api.upload_folder(
+                repo_id=created.repo_id, folder_path=resolved.folder, ignore_patterns=_NOT_UPLOADED,
+                commit_message="Upload pruned model",
+            )  # fmt: skip
     except HFValidationError as error:
         problem = f"{repository!r} is not a repository name ({first_line(error)})"
         raise OutputError(problem, "Write OWNER/NAME") from None
@@ -134,6 +138,8 @@ def push(folder: str | Path, repository: str, *, private: bool = False, reporter
         problem = rejected if isinstance(error, HfHubHTTPError) else f"The upload to {repository} failed"
         remedy = "Log in with `hf auth login` as a user with write access, and try again"
         raise OutputError(f"{problem} ({first_line(error)})", remedy) from error
+    if public:
+        raise OutputError(f"{created.repo_id} exists and is public", "Choose another name, or leave out --private")
     return str(created)
 
 

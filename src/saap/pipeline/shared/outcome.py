@@ -71,8 +71,8 @@ def _or_infinite(perplexity: float) -> float:
 def greedy_answer(model: nn.Module, tokenizer: Any | None) -> tuple[str, str]:
     """A short prompt (through the chat template if there is one) and the model's greedy continuation.
 
-    Both are '' for a model that cannot generate, has no tokenizer, no positions after the prompt, or a chat template
-    that does not accept it.
+    Both are '' for a model that cannot generate, has no tokenizer, none that knows the prompt's letters, no positions
+    after it, or a chat template that does not accept it.
     """
     if tokenizer is None or not hasattr(model, "generate"):
         return "", ""
@@ -82,7 +82,7 @@ def greedy_answer(model: nn.Module, tokenizer: Any | None) -> tuple[str, str]:
     except EvaluationError:
         return "", ""
     room = min(ANSWER_TOKENS, (positions(model) or math.inf) - length)
-    if room < 1:
+    if room < 1 or not length:
         return "", ""
     (written,) = write(model, tokenizer, [prompt], tokens=int(room), sampled=False)
     return prompt, written.text.strip()

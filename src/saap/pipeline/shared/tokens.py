@@ -176,7 +176,7 @@ def _of_the_dense(
     """The perplexities of the dense model by kind, measured in the first process."""
     model = loaded.model
     if loaded.fresh is None:
-        ids = torch.from_numpy(evaluation[next(iter(GENERAL))][None, : default_window(model)])
+        ids = torch.from_numpy(next(iter(evaluation.values()))[None, : default_window(model)])
         check_runs(model, ids.to(next(model.parameters()).device))
     return processes.broadcast_result(lambda: perplexities(model, evaluation, leading=leading, read=logits_of(model)))
 
@@ -233,8 +233,8 @@ def draw_tokens(
         )  # fmt: skip
     if config.restore:
         require_sequences(len(sets["refit"].tokens))
-    if loaded.tokenizer is None:
-        evaluation = {HELD_OUT: sets["held"].tokens.reshape(-1)}
+    if not any(kind in GENERAL for kind in evaluation):  # without a tokenizer, or one of another alphabet
+        evaluation, dense = {HELD_OUT: sets["held"].tokens.reshape(-1)}, {}
     return TokenSets(
         scored=sets["scored"], held=sets["held"], refit=sets["refit"],
         evaluation=evaluation, dense=dense, leading=leading, dense_sizes={} if reading is None else reading.sizes,
