@@ -141,7 +141,11 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "written, two processes", partial(pruned, folder / "several", source, *given, processes=2)
     small = folder / "default text"
     groups = ["--group-size", "16"]
-    kinds = {"groupwise": groups, "feedback": [*groups, "--error-feedback"], "lora": ["--tuning", "lora"]}
+    full = ["--tuning", "full"]
+    kinds = {
+        "groupwise": groups, "feedback": [*groups, "--error-feedback"], "lora": ["--tuning", "lora"], "full": full,
+        "on-policy": [*full, "--on-policy", "1"], "teacher logits": [*full, "--teacher-logits", folder / "logits"],
+    }  # fmt: skip
     short = ["--max-steps", "3", "--max-seq-length", "64", "--learning-rate", "0.001"]
     for name, flags in kinds.items():
         tuning = ["--data", text, *short, *flags]
@@ -190,6 +194,8 @@ def main() -> None:
         "--only", default="", metavar="TEXT", help="cases whose name contains it; `evaluated` needs `written`"
     )
     given = parser.parse_args()
+    if given.record and (given.only or given.compare is None):
+        parser.error("--record needs --compare and all cases")
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     parts = {part for one in EXPERIMENTS for part in one.decided_by if not part.startswith(NOT_RUN)}

@@ -22,6 +22,7 @@ from harness.experiment import Experiment, Request
 from harness.pages import write_pages
 from harness.store import RESULTS, ROOT, finished_cells
 
+SMALLEST = "smollm2"
 PAGES, QUICK = ROOT / "docs" / "results", ROOT / "out" / "results-quick"
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 
@@ -33,8 +34,8 @@ def parse() -> tuple[argparse.Namespace, Request]:
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="cells to measure, even if they exist")
     parser.add_argument("--quick", action="store_true", help="smoke run with small settings")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for pages and results")
-    parser.add_argument("--work", type=Path, metavar="DIR", default=ROOT / "out" / "book", help="folder for models")
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for models")
+    parser.add_argument("--model", default=SMALLEST)
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="option of an experiment")
     given = parser.parse_args()
     if given.command == "measure" and len(given.names) != 1:
@@ -48,8 +49,12 @@ def parse() -> tuple[argparse.Namespace, Request]:
     options = dict(setting.partition("=")[::2] for setting in given.set)
     if not set(options) <= known:
         parser.error(f"--set takes OPTION=VALUE; options are {', '.join(sorted(known)) or 'none'}")
+    if given.model != SMALLEST and not (given.out or given.quick):
+        parser.error("--model needs --out, as the results of the book are of its own models")
     results = (given.out or QUICK) / "results" if given.out or given.quick else RESULTS
-    work = given.work.resolve()
+    # folders that a smoke run or another model has made are not taken for others of the same name
+    default = ROOT / "out" / "-".join(["book", *(["quick"] if given.quick else []), Path(given.model).name])
+    work = (given.work or default).resolve()
     request = Request(quick=given.quick, work=work, results=results, model=given.model, given=options)
     first = given.chosen[0]
     unknown = set(given.cells or ()) - {*first.names(request), *first.extra}

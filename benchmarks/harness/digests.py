@@ -31,6 +31,8 @@ def digests(parts: Sequence[str]) -> dict[str, str]:
 
 
 def _digest(part: Path) -> str:
+    if not part.exists():
+        raise SystemExit(f"{part} does not exist: correct the parts of the experiments")
     found = hashlib.sha256()
     for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
         if file.is_file() and "__pycache__" not in file.parts:

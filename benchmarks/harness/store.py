@@ -91,6 +91,11 @@ def write_cell(
         "code": _place(content.setdefault("codes", []), code),
     }
     content["cells"][cell] = {"seconds": round(seconds, 1), **places, "values": rounded(values)}
+    for field, key in (("environment", "environments"), ("code", "codes")):  # those that no cell has are dropped
+        every, content[key] = content[key], []
+        for record in content["cells"].values():
+            if field in record:
+                record[field] = _place(content[key], every[record[field]])
     write_json(file, content)
 
 

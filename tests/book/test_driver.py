@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
+from harness import store
+from harness.command import parse
 from harness.driver import measure, run, state_of
 from harness.experiment import Experiment, Request, Scaled
-from harness.store import rounded, write_json
+from harness.store import rounded, write_cell, write_json
 
 CELLS = ("first", "second", "third")
 
@@ -59,6 +63,32 @@ def test_a_cell_says_where_it_was_measured_and_with_what(request_, tmp_path):
     assert content["environments"][content["cells"]["first"]["environment"]]["versions"]["torch"]
     assert content["cells"]["first"]["seconds"] >= 0
     assert content["codes"][content["cells"]["first"]["code"]].keys() == set(Measuring().experiment.decided_by)
+
+
+def test_only_machines_and_code_that_a_cell_has_are_kept(request_, tmp_path):
+    experiment = Measuring().experiment
+    for cell, machine in (("first", "old"), ("second", "old"), ("first", "new"), ("second", "new")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store, "environment", partial(dict, machine=machine))
+            write_cell(experiment, request_, cell, {"value": 1}, 0.0, {"core": machine})
+    content = json.loads((tmp_path / "made.json").read_text())
+    assert (content["environments"], content["codes"]) == ([{"machine": "new"}], [{"core": "new"}])
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [([], "book-smollm2"), (["--quick"], "book-quick-smollm2"), (["--model", "a/b", "--out", "o"], "book-b")],
+)
+def test_a_smoke_run_and_another_model_have_folders_of_their_own(monkeypatch, flags, folder):
+    monkeypatch.setattr(sys, "argv", ["book.py", "run", *flags])
+    assert parse()[1].work.name == folder
+
+
+def test_another_model_does_not_replace_the_results(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["book.py", "run", "--model", "another"])
+    with pytest.raises(SystemExit):
+        parse()
+    assert "--model needs --out" in capsys.readouterr().err
 
 
 def test_cells_of_other_settings_are_measured_again(request_):
