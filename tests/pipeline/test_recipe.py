@@ -304,7 +304,7 @@ def test_an_interrupted_step_is_made_again(made: _Made, monkeypatch: pytest.Monk
 def test_what_the_recipe_did_not_write_is_not_replaced(made: _Made) -> None:
     carry_out(made)
     (made.out / "recover").write_text("mine")
-    with pytest.raises(OutputError, match="recover exists, and was not written by this recipe"):
+    with pytest.raises(OutputError, match="recover exists, and is not as this recipe has written it"):
         carry_out(made)
     (made.out / "recipe.json").unlink()
     with pytest.raises(OutputError, match="prune"):

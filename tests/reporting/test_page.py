@@ -15,6 +15,8 @@ from tests.reporting.comparison import comparison, recovery_record, task
 import saap
 from saap.cli import app as cli
 from saap.core.errors import EvaluationError, ModelError
+from saap.reporting.importance import PlanGroup
+from saap.reporting.model_page import _structure_section
 from saap.reporting.page import Page, Section, render
 from saap.reporting.report import build_page, write_page
 
@@ -49,6 +51,7 @@ def evaluation(tmp_path) -> Path:
             "cloze": {"accuracy": 0.25, "prompts": 8}, "dense_cloze": {"accuracy": 0.5, "prompts": 8},
             "samples": {"greedy": {"Why <b>?": {"pruned": "Because & so.", "dense": "Well."}}},
         },
+        "chat": {"value": 7.25, "nll": 1.98, "tokens": 90, "turns": 4},
         "speed": {
             "runtime": "transformers", "weights": "float32", "threads": 2,
             "model": {"model": "small", "prefill": 500.0, "decode": 24.0, "bytes_per_token": 800},
@@ -90,8 +93,8 @@ def check_in_browser(page: Path, folder: Path, charts: int) -> None:
 def test_a_model_page(model_folder, evaluation, tmp_path) -> None:
     page, out = model_page(model_folder, evaluation, tmp_path)
     assert [section.name for section in page.sections] == [
-        "kinds", "structure", "importance", "ratios", "perplexity", "tasks", "answers", "speed", "answer", "stages",
-        "environment",
+        "kinds", "structure", "importance", "ratios", "perplexity", "tasks", "answers", "conversations", "speed",
+        "answer", "stages", "environment",
     ]  # fmt: skip
     names = [figure.name for figure in page.figures]
     assert len(set(names)) == len(names)
@@ -101,8 +104,15 @@ def test_a_model_page(model_folder, evaluation, tmp_path) -> None:
     assert "<script>alert" not in content
     assert "Because &amp; so." in content
     assert "saap eval small --tasks arc_easy" in content
+    assert "7.25" in content
     assert "the dense model 50% and the pruned model 25%" in content
     assert "||" not in content
+
+
+def test_channels_of_the_whole_model_are_not_forgotten() -> None:
+    groups = [PlanGroup(-1, "hidden", 48, 64, None), PlanGroup(0, "ffn", 80, 80, None)]
+    said = " ".join(_structure_section(groups, ()).paragraphs)
+    assert "In all layers 48 of 64 hidden units are kept." in said
 
 
 def model_page(folder: Path, evaluation: Path, at: Path) -> tuple[Page, Path]:

@@ -54,7 +54,7 @@ def _plan_sections(records: Path, manifest: RunManifest) -> list[Section]:
     modules = read_modules(scores_file, groups, scope) if scores_file.is_file() else []
     measured = [(entry.name, entry.loss) for entry in plan.trail if entry.loss is not None]
     return [
-        _structure_section([group for group in groups.values() if group.layer >= 0], plan.dropped_blocks),
+        _structure_section(list(groups.values()), plan.dropped_blocks),
         *([_importance_section(modules)] if modules else []),
         *([_search_section(measured)] if measured else []),
     ]
@@ -108,15 +108,17 @@ def _vocabulary_section(vocabulary: VocabularyRecord, kinds: Sequence[KindChange
 def _structure_section(groups: Sequence[PlanGroup], dropped: Sequence[int]) -> Section:
     by_role: dict[str, list[PlanGroup]] = {}
     cells: defaultdict[int, dict[str, str]] = defaultdict(dict)
-    for group in by_layer(groups):
+    for group in by_layer([group for group in groups if group.layer >= 0]):
         by_role.setdefault(group.role, []).append(group)
         cells[group.layer][group.role] = f"{group.kept} of {group.of}"
     pruned = [role for role, same in by_role.items() if any(group.kept < group.of for group in same)]
     rows = [[str(layer), *(one.get(role, "") for role in by_role)] for layer, one in sorted(cells.items())]
+    shared = [group for group in groups if group.layer < 0 and group.kept < group.of]
+    whole = [role for role in by_role if role not in pruned]
     return Section(
         name="structure",
         title="What is kept",
-        paragraphs=[words("kept_structure", dropped=dropped, whole=[role for role in by_role if role not in pruned])],
+        paragraphs=[words("kept_structure", dropped=dropped, whole=whole, shared=shared)],
         figures=[drawn.structure(by_role[role]) for role in pruned],
         tables=[("Kept units of each layer", (["layer", *by_role], rows))],
     )

@@ -123,7 +123,7 @@ class _State:
             others = (path for path in there if entry.outputs.get(self._name(path)) != tree_digest(path))
             if entry.done and (other := next(others, None)) is not None:
                 raise OutputError(
-                    f"{other} exists, and was not written by this recipe", "Move it away, or choose another `out`"
+                    f"{other} exists, and is not as this recipe has written it", "Move it away, or choose another `out`"
                 )
             same = entry.done and entry.digest == step.digest and len(there) == len(step.outputs)
             if same and kept.issuperset(step.needs):

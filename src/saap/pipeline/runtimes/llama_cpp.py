@@ -50,7 +50,7 @@ class LlamaCppRuntime:
         plan = GgufPlan(config, tensors.shapes, settings.gguf_type)
         with tempfile.TemporaryDirectory(prefix="saap-speed-") as folder:
             file = Path(folder) / "model.gguf"
-            check_place(file, plan.needed_bytes)
+            check_place(file, plan.needed_bytes, "TMPDIR")
             # placeholder tokens are sufficient for speed
             with unquantized(file, settings.gguf_type) as first:
                 write_gguf(first, plan, tensors, [*plan.fields, ("tokenizer_model", "no_vocab")])
