@@ -22,6 +22,7 @@ from saap.models.loading.pretrained import load
 from saap.pipeline.recipe import run as recipe_run
 from saap.pipeline.recipe.run import Step, preview_recipe, recipe_steps, run_recipe
 from saap.settings.evaluate import SpeedSettings
+from saap.settings.export import ExportRequest
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe, read_recipe, recipe_from
 from saap.settings.recover import RecoverConfig
@@ -117,6 +118,13 @@ def test_set_takes_the_place_of_what_the_file_says(tmp_path: Path) -> None:
     assert recipe.prune == PruneConfig(pruning_ratios=(0.1, 0.3), skip_layers={"first": 2})
     assert recipe.recover == RecoverConfig(teacher="b", learning_rate=1e-3)
     assert read_recipe(file, ["recover=null"]).recover is None
+
+
+def test_a_step_without_settings_has_the_defaults_and_is_left_out_with_null(tmp_path: Path) -> None:
+    file = written(tmp_path, "model: m\nout: o\nexport:\n  f16:\neval: {a: {texts: [bundled]}}\n")
+    assert read_recipe(file).export == {"f16": ExportRequest()}
+    left = read_recipe(file, ["export.f16=null"])
+    assert (left.export, list(left.eval)) == ({}, ["a"])
 
 
 def test_any_step_may_name_the_model_of_the_recipe(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ def _file_name(name: str) -> str:
 
 
 def _given_names(given: Any) -> Any:
-    """Settings by name; a name without settings, as `--set` may produce, is dropped."""
+    """Settings by name; a name without settings has the defaults."""
     named = {} if given is None else given
-    return {str(key): one for key, one in named.items() if one is not None} if isinstance(named, dict) else given
+    return {str(key): {} if one is None else one for key, one in named.items()} if isinstance(named, dict) else given
 
 
 _FileName = Annotated[str, AfterValidator(_file_name)]
@@ -179,6 +179,8 @@ def _put(tree: dict[str, Any], setting: str) -> None:
             inside = ".".join(names[:depth])
             raise ConfigurationError(f"--set {setting!r} is inside {inside}, which is a value", "Set that itself")
     inner[names[-1]] = _parsed(text, f"The value of --set {setting!r}")
+    if inner[names[-1]] is None and inner is not tree and names[0] in ("eval", "export"):
+        del inner[names[-1]]  # a step that is not wanted, or a setting of one that has its default
 
 
 def _with_model(value: Any, model: Any) -> Any:
