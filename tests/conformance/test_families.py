@@ -31,6 +31,7 @@ from tests.conformance.table import document
 from tests.families import ALL_EXPERTS, CORE, EVERY, LAST_EXPERTS
 
 from saap.core.records import Role
+from saap.discovery import discover
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 each_family = pytest.mark.parametrize("name", EVERY)
@@ -73,6 +74,14 @@ def test_cut_equals_masked_saves_opens_and_generates_the_same(name: str, case: C
     assert outcome.masked_error <= tolerance(name, case)
     assert outcome.saved_error <= EXACT
     assert outcome.cached_generation_agrees
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "mpt", "phi3"])
+def test_a_pruned_model_can_be_pruned_again(name: str, tmp_path: Path) -> None:
+    pruned, graph, plan, structure = cut_copy(name, CASES[1])
+    again = discover(opened(write(pruned, graph, plan, structure, tmp_path / "out")))
+    left = {group.name for group in graph.groups if plan.kept(group) and group.role is not Role.QUERY}
+    assert {group.name for group in again.groups} == left
 
 
 @each_family

@@ -54,6 +54,17 @@ def test_rows_are_whole_pairs_filled_up_with_text(family: str, tmp_path: Path) -
     assert len(set(both)) == len(both)
 
 
+def test_pairs_of_the_same_ids_would_get_one_image_so_the_first_counts(tmp_path: Path) -> None:
+    file = pairs(tmp_path / "pairs.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["text"] = f"Picture of kind {number % 8}."
+    file.write_text("\n".join(map(json.dumps, rows)))
+    sets = draw_pairs(file, vision_models.processor("llava"), REQUESTS, image_ids=(IMAGE,), seed=0)
+    drawn_rows = [row.tobytes() for one in sets.values() for row in one.tokens]
+    assert len(set(drawn_rows)) == len(drawn_rows) <= 8
+
+
 @pytest.mark.parametrize("family", vision_models.FAMILIES)
 def test_no_block_keeps_keys_of_an_earlier_walk(family: str) -> None:
     model = model_of(family)

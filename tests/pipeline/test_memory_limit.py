@@ -13,7 +13,7 @@ from tests.pipeline import tiny
 from tests.pipeline.test_experts import Noted, mixture
 
 import saap
-from saap.core.errors import ConfigurationError, StaleInputError
+from saap.core.errors import ConfigurationError, PlanError, StaleInputError
 from saap.core.storage import read_scores
 from saap.models.loading import memory
 from saap.models.walk import offload as offload_module
@@ -234,6 +234,17 @@ def test_the_preset_of_the_paper_says_that_its_recovery_is_left_out(
     paper = ("--pruning-ratio", "0.2", "--preset", "paper", "--out", tmp_path / "out")
     code, said, errors = command.run(capsys, "prune", source, *paper, *flags)
     assert (code, f"{flags[0]} leaves out the recovery of --preset paper" in said) == (expected, True), errors
+
+
+@pytest.mark.parametrize(("roles", "offender"), [(["block"], "whole blocks"), (["hidden"], "hidden")], ids=str)
+def test_plans_that_need_the_whole_model_are_refused_by_name(
+    source: Path, tmp_path: Path, roles: list[str], offender: str
+) -> None:
+    saap.prune(source, pruning_ratio=0.25, roles=roles, restore=False, out=tmp_path / "first", **SETTINGS)
+    plan, out = tmp_path / "first" / "saap" / "plan.json", tmp_path / "out"
+    with pytest.raises(PlanError, match=f"removes {offender}.*the whole model has to be in memory"):
+        saap.prune(source, plan=plan, out=out, max_memory=1, **SETTINGS)
+    assert not out.exists()
 
 
 def test_several_processes_are_refused_before_there_is_a_work_folder(

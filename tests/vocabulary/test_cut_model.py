@@ -72,6 +72,7 @@ def test_ids_without_a_row_stay_as_they_are():
     model.config.image_token_id, model.config.pad_token_id = ROWS + 3, -1
     cut_rows(model, KEPT, model_logits)
     assert (model.config.image_token_id, model.config.pad_token_id) == (ROWS + 3, -1)
+    assert model.model.embed_tokens.padding_idx is None
 
 
 def test_a_head_of_another_size_is_refused():

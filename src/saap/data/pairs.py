@@ -62,7 +62,7 @@ def draw_pairs(
 
     processor: of the model; it writes `image_ids` in place of the image, which have no loss (`ignored` of the sets).
     Each set has enough rows for the requested tokens. If there are too few pairs, sets share them as rows of given ids
-    do. Raises CalibrationError.
+    do. Of pairs with the same ids only the first one counts. Raises CalibrationError.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     pairs = read_pairs(path)
@@ -80,7 +80,9 @@ def draw_pairs(
             name: np.pad(value, ((0, 0), (0, room))) if value.shape == of_tokens else value
             for name, value in given.items()
         })  # fmt: skip
-    ids = np.stack(rows)
+    ids, first = np.unique(np.stack(rows), axis=0, return_index=True)
+    order = np.argsort(first)  # of equal rows the first one alone: an image is found by the ids of its row
+    ids, inputs = ids[order], [inputs[place] for place in first[order]]
     rows_for = [replace(one, sequences=max(2, -(-one.tokens // length)), length=1, at_least=1) for one in requests]
     shares = share_rows(np.arange(len(ids)).reshape(-1, 1), rows_for, generator, "image-text pairs")
     return {

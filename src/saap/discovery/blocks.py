@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
 from saap.models.checkpoint.layer_fields import text_part
+from saap.models.checkpoint.modeling_pruned import ArgumentSlice
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -97,8 +98,7 @@ def with_blocks(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) ->
     remove_hook_from_module(twin, recurse=True)  # accelerate's hooks of a model on several devices
     twin.set_submodule(blocks[0].rpartition(".")[0], nn.ModuleList(twin.get_submodule(blocks[i]) for i in kept))
     for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+        _clear_hooks(module)
         for held in (module._buffers, vars(module)):
             for name, value in held.items():
                 if isinstance(value, Tensor):  # ones in place of missing values
@@ -107,6 +107,14 @@ def with_blocks(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) ->
             if hasattr(getattr(module, "config", None), name):
                 setattr(module.config, name, value)
     return twin
+
+
+def _clear_hooks(module: nn.Module) -> None:
+    """Remove all hooks but those of an earlier pruning, without which the model does not run."""
+    module._forward_hooks.clear()
+    for key, hook in [*module._forward_pre_hooks.items()]:
+        if not isinstance(hook, ArgumentSlice):
+            del module._forward_pre_hooks[key]
 
 
 # The loop over experts is data-dependent, so their grouped products are traced instead.

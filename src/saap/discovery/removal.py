@@ -328,8 +328,9 @@ def _integers(model: nn.Module, paths: Iterable[str], units: int) -> list[UnitAt
         if contracted_axis(module) is not None or hasattr(module, "normalized_shape"):
             continue
         values = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        if hasattr(values.get("config"), "to_dict"):
-            values |= {f"config.{name}": value for name, value in values["config"].to_dict().items()}
+        config: Any = values.get("config")  # in a block that was pruned before, with sizes of its own
+        if hasattr(config, "to_dict"):
+            values |= {f"config.{name}": getattr(config, name, value) for name, value in config.to_dict().items()}
         found += [
             UnitAttribute(module=path, attribute=name, per_unit=value // units)
             for name, value in values.items()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saap.core.errors import CalibrationError
 from saap.core.evaluation_records import Perplexity
 from saap.core.records import IntArray, digest_of
+from saap.models.checkpoint.layer_fields import text_part
 from saap.models.walk.probe import read_at_once
 from saap.models.walk.walker import inference_only, without_cache
 
@@ -99,7 +100,7 @@ def perplexities(
     stride = size if stride is None else stride
     if not 1 <= stride <= size:
         raise CalibrationError(f"a stride of {stride} does not fit a window of {window}", f"Give 1 to {size}")
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    vocabulary = getattr(text_part(getattr(model, "config", None)), "vocab_size", None)
     if isinstance(vocabulary, int):
         batch = max(1, min(batch, LOGITS_BYTES // (4 * window * vocabulary)))
     device = next(model.parameters()).device

@@ -31,16 +31,6 @@ def cut(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> PrunedStruc
     """
     require_possible(graph, plan.keep, plan.dropped_blocks)
     losing = [group for group in graph.groups if len(plan.kept(group)) < group.units]
-    owners: dict[tuple[str, int], str] = {}
-    for group in losing:
-        name = group.bundle or group.name
-        for member in group.members:
-            other = owners.setdefault((member.tensor, member.axis), name)
-            if other != name:
-                raise UnsupportedModelError(
-                    f"The groups {other} and {group.name} share an axis of {member.tensor}",
-                    "Prune only one of their roles",
-                )
     for groups in bundles_of([group for group in losing if group.layer not in plan.dropped_blocks]):
         if not _is_cut(model, graph, groups[0]):
             cut_groups(model, groups, plan.keep)

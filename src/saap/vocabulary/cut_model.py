@@ -69,7 +69,8 @@ def cut_rows(model: nn.Module, kept: Sequence[int], logits: Callable[[nn.Module,
     if head is not None:
         head.out_features = head.weight.shape[0]
     _renumber_settings(model, rows, renumbered(kept))
-    embedding_of(model).padding_idx = getattr(text_part(changed.config), "pad_token_id", None)
+    padding = getattr(text_part(changed.config), "pad_token_id", None)
+    embedding_of(model).padding_idx = padding if padding is not None and 0 <= padding < len(kept) else None
     changed.eval().requires_grad_(False)
     new = torch.arange(len(kept))[torch.isin(index, few)]
     try:

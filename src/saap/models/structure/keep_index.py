@@ -127,8 +127,16 @@ def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropp
             f"The plan has groups that the model does not have: {', '.join(unknown)}", "See `saap inspect MODEL`"
         )
     counts: dict[str, tuple[str, int]] = {}
+    owners: dict[tuple[str, int], str] = {}
     for group in graph.groups:
         kept = keep.get(group.name, range(group.units))
+        for member in group.members if len(kept) < group.units else ():
+            name = group.bundle or group.name
+            if owners.setdefault((member.tensor, member.axis), name) != name:
+                raise PlanError(
+                    f"The groups {owners[member.tensor, member.axis]} and {group.name} share an axis of "
+                    f"{member.tensor}", "Prune only one of their roles"
+                )  # fmt: skip
         if list(kept) != sorted(set(range(group.units)).intersection(kept)):
             raise PlanError(
                 f"The plan's units of {group.name} are not ascending numbers from 0 to {group.units - 1}",

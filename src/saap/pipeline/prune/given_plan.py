@@ -16,6 +16,7 @@ from saap.pipeline.prune.source_file import Experts, check_plan
 from saap.pipeline.shared.legality import require_divisible
 from saap.settings.prune import PruneConfig
 from saap.structure_search.plan import complete_plan, flat_scores
+from saap.surgery.cut import check_block_removal
 
 
 def read_given_plan(
@@ -26,6 +27,8 @@ def read_given_plan(
     Raises PlanError, LayoutError or ExportError.
     """
     given = read_plan(path, graph)
+    if given.dropped_blocks:
+        check_block_removal(model, graph.blocks)
     require_divisible(graph, given.keep(graph), config.tensor_parallel)
     if experts is not None:
         check_plan(experts, graph, given)

@@ -53,10 +53,8 @@ def scored_roles(config: PruneConfig) -> Sequence[Role]:
 def scores_decide(run: Run) -> bool:
     """Whether importance decides anything: not where whole blocks alone are dropped, or plans list all their units."""
     config = run.config
-    if config.method is not Method.SAAP:
-        return True
     if config.plan is None:
-        return bool(unit_roles(config.block_roles))
+        return config.method is not Method.SAAP or bool(unit_roles(config.block_roles))
     plans = [target.plan for target in run.targets if target.plan is not None]
     return any(isinstance(kept, int) for plan in plans for kept in plan.keep(run.graph).values())
 

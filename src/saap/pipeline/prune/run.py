@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from saap._version import __version__
-from saap.core.errors import ConfigurationError
+from saap.core.errors import ConfigurationError, PlanError, listed
 from saap.core.records import ModelGraph, ModelRef, digest_of
+from saap.core.storage import PlanDocument
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
@@ -225,7 +226,20 @@ def reachable_targets(
     if config.plan is None:
         return targets
     given = read_given_plan(config.plan, config, loaded.model, graph, experts)
+    if loaded.fresh is not None:
+        _check_part_by_part(config.plan, given, config, graph)
     return [dataclasses.replace(targets[0], plan=given)]
+
+
+def _check_part_by_part(path: Path, given: PlanDocument, config: PruneConfig, graph: ModelGraph) -> None:
+    """Raise PlanError for a plan that cannot be carried out block by block."""
+    kept = {name: one if isinstance(one, int) else len(one) for name, one in given.keep(graph).items()}
+    shared = [one.name for one in graph.groups if one.layer < 0 and kept.get(one.name, one.units) < one.units]
+    blocks = ["whole blocks before a reconstruction"] if given.dropped_blocks and config.restore else []
+    if removed := blocks + shared:
+        raise PlanError(
+            f"{path} removes {listed(removed, 4)}, for which the whole model has to be in memory", "Allow more memory"
+        )
 
 
 def _check_reads_files(options: RunOptions, processes: Processes) -> None:

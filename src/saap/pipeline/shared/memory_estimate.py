@@ -12,6 +12,7 @@ from torch import nn
 from saap.discovery.blocks import find_blocks
 from saap.estimation.estimate import TOKENS_AT_ONCE
 from saap.evaluation.perplexity import LOGITS_BYTES
+from saap.models.checkpoint.layer_fields import text_part
 from saap.models.structure.linear import weight_out_in
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.stages import Stage
@@ -60,10 +61,12 @@ class Sizes:
         updated = [weight_out_in(module) for block in found for module in updated_modules(block).values()]
         matrices = [parameter for block in inside for parameter in block if parameter.dim() > 1]
         largest = max(matrices, key=torch.Tensor.numel)
-        weights, width = sum(p.nbytes for p in model.parameters()), min(largest.shape[-2:])
         blocks = [sum(p.nbytes for p in block) for block in inside]
-        config = getattr(model, "config", None)
-        vocabulary, heads = (getattr(config, name, 0) for name in ("vocab_size", "num_attention_heads"))
+        weights, config = sum(p.nbytes for p in model.parameters()), text_part(getattr(model, "config", None))
+        vocabulary, heads, hidden = (
+            getattr(config, name, 0) for name in ("vocab_size", "num_attention_heads", "hidden_size")
+        )
+        width = hidden if isinstance(hidden, int) and hidden else min(largest.shape[-2:])
         return cls(
             weights=weights, block=max(blocks), around=weights - sum(blocks), matrix=largest.nbytes,
             widest=max(largest.shape), width=width, blocks=len(blocks),

@@ -119,7 +119,7 @@ def sample_length(model: nn.Module, config: PruneConfig) -> int:
 
 def needs_measuring(config: PruneConfig) -> bool:
     """Whether the search will evaluate structures on held-out samples."""
-    if config.method is not Method.SAAP:
+    if config.method is not Method.SAAP or config.plan is not None:
         return False
     by_search = config.strategy.evaluates and config.preset_settings.search_evaluations > 0
     return by_search or PrunableRole.BLOCK in config.roles
