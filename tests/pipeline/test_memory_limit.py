@@ -238,7 +238,7 @@ def test_the_preset_of_the_paper_says_that_its_recovery_is_left_out(
 
 @pytest.mark.parametrize(("roles", "offender"), [(["block"], "whole blocks"), (["hidden"], "hidden")], ids=str)
 def test_plans_that_need_the_whole_model_are_refused_by_name(
-    source: Path, tmp_path: Path, roles: list[str], offender: str
+    source: Path, tmp_path: Path, counts: list[int], roles: list[str], offender: str
 ) -> None:
     saap.prune(source, pruning_ratio=0.25, roles=roles, restore=False, out=tmp_path / "first", **SETTINGS)
     plan, out = tmp_path / "first" / "saap" / "plan.json", tmp_path / "out"
