@@ -216,7 +216,12 @@ def test_scaled_and_layered_rotary_embeddings_are_spelled_both_ways() -> None:
     assert with_both_rope_spellings(layered) == {**layered, "rope_theta": 5.0, "rope_local_base_freq": 3.0}
     layered["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
     old = {"rope_theta": 5.0, "rope_local_base_freq": 3.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    assert with_both_rope_spellings(layered) == {**layered, **old}
+    for name, scaled_too in (("gemma3_text", True), ("gemma4_text", False)):  # which has no older version
+        known = {"model_type": name, **layered}
+        expected = {**known, **old}
+        if not scaled_too:
+            del expected["rope_scaling"]
+        assert with_both_rope_spellings(known) == expected
     assert with_both_rope_spellings({"text_config": scaled}) == {"text_config": written_again}
     assert with_both_rope_spellings({"model_type": "gpt2"}) == {"model_type": "gpt2"}
 

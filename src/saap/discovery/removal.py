@@ -19,7 +19,7 @@ from saap.core.records import AxisSlice, ModelGraph, ModelRef, Role, SlicedArgum
 from saap.discovery.blocks import holder, with_blocks
 from saap.discovery.experts import expert_buffers
 from saap.discovery.groups import TracedGroup, one_of_each_block, slices_of
-from saap.models.checkpoint.modeling_pruned import resize, set_attribute
+from saap.models.checkpoint.modeling_pruned import ConfigView, resize, set_attribute
 from saap.models.checkpoint.pruned_structure import epsilon_name
 from saap.models.structure.cut import can_be_empty, cut_groups
 from saap.models.structure.keep_index import KeepIndex
@@ -328,9 +328,10 @@ def _integers(model: nn.Module, paths: Iterable[str], units: int) -> list[UnitAt
         if contracted_axis(module) is not None or hasattr(module, "normalized_shape"):
             continue
         values = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        config: Any = values.get("config")  # in a block that was pruned before, with sizes of its own
+        config: Any = values.get("config")
         if hasattr(config, "to_dict"):
-            values |= {f"config.{name}": getattr(config, name, value) for name, value in config.to_dict().items()}
+            own = vars(config) if isinstance(config, ConfigView) else {}  # of a block that was pruned before
+            values |= {f"config.{name}": value for name, value in {**config.to_dict(), **own}.items()}
         found += [
             UnitAttribute(module=path, attribute=name, per_unit=value // units)
             for name, value in values.items()

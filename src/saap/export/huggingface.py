@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from saap.core.errors import OutputError
 from saap.core.manifest import RunManifest
@@ -233,11 +235,25 @@ def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
     full, local = rope.get("full_attention"), rope.get("sliding_attention")  # where each kind of layers has its own
     rope = full if isinstance(full, dict) else rope
     old = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    if rope.get("rope_type", "default") != "default":
-        old["rope_scaling"] = {name: value for name, value in rope.items() if name not in old}
+    scaling = {name: value for name, value in rope.items() if name not in old}
+    if rope.get("rope_type", "default") != "default" and (rope is not full or _reads_both(fields, scaling)):
+        old["rope_scaling"] = scaling
     if isinstance(local, dict) and "rope_theta" in local:
         old["rope_local_base_freq"] = local["rope_theta"]
     return {**old, **fields}
+
+
+def _reads_both(fields: Mapping[str, Any], scaling: Mapping[str, Any]) -> bool:
+    """Whether the family's configuration keeps `rope_parameters` by kind of layer beside an old `rope_scaling`."""
+    kind, given = fields.get("base_model_type", fields.get("model_type")), dict(fields)
+    given.pop("model_type", None)
+    try:
+        plain = AutoConfig.for_model(kind, **copy.deepcopy(given))
+        both = AutoConfig.for_model(kind, **copy.deepcopy({**given, "rope_scaling": scaling}))
+    except Exception:  # of an unknown family, or one that takes the scaling for all kinds of layers
+        return False
+    same: bool = plain.rope_parameters == both.rope_parameters
+    return same
 
 
 def write_shards(entries: Mapping[str, TensorEntry], folder: Path, program: str = "pt") -> None:

@@ -107,8 +107,6 @@ class EvalRequest(Settings):
         for flag, measured, names in (
             ("--perplexity", self.texts, ("stride", "max_tokens")),
             ("--tasks", self.tasks, ("task_data", "limit", "rounded")),
-            ("--prompts", self.prompts, ("generated_tokens",)),
-            ("--dense", self.dense or self.prompts or self.speed, ("dense_revision", "dense_trust_remote_code")),
         ):
             if not measured and (given := self.flags_changed(*names)):
                 raise ValueError(f"nothing reads {' and '.join(given)} without {flag}", f"Add {flag}, or leave it out")
