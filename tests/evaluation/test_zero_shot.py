@@ -7,10 +7,11 @@ import datasets
 import pytest
 from tests.pipeline import tiny
 
-from saap.core.errors import CalibrationError, EvaluationError
+from saap.core.errors import CalibrationError, ConfigurationError, EvaluationError
 from saap.core.evaluation_records import EvalReport
 from saap.evaluation import zero_shot
 from saap.evaluation.zero_shot import check_tasks, evaluate_tasks, local_file, read_records
+from saap.settings.evaluate import EvalRequest
 
 QUESTIONS = [
     ("What do bees make?", ["Honey", "Stone from old walls", "Rain"], 0),
@@ -142,6 +143,8 @@ def test_unknown_tasks_get_near_names(tmp_path) -> None:
         check_tasks(["helaswag"], None)
     with pytest.raises(EvaluationError, match="no file named"):
         check_tasks(["arc_easy"], tmp_path / "nowhere")
+    with pytest.raises(ConfigurationError, match="--limit 0"):
+        EvalRequest(tasks=("arc_easy",), limit=0)
 
 
 def test_a_single_question_has_no_standard_error(model, tmp_path) -> None:

@@ -247,6 +247,18 @@ def test_plans_that_need_the_whole_model_are_refused_by_name(
     assert not out.exists()
 
 
+def test_a_plan_without_some_blocks_is_cut_part_by_part(source: Path, tmp_path: Path, counts: list[int]) -> None:
+    cut = {**SETTINGS, "restore": False}
+    saap.prune(source, pruning_ratio=0.25, roles=["block"], out=tmp_path / "whole", **cut)
+    assert not counts
+    plan = tmp_path / "whole" / "saap" / "plan.json"
+    saap.prune(source, plan=plan, out=tmp_path / "parts", max_memory=1, **cut)
+    assert counts
+    first, second = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def test_several_processes_are_refused_before_there_is_a_work_folder(
     source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ def _answers(tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]]) 
     """Each answer to a message, with the text before it."""
     for conversation in conversations:
         turns = answer_turns("a conversation", conversation, tokenizer, error=EvaluationError)
-        yield from ((context, answer) for context, answer in turns if context)
+        yield from (turn for turn in turns if turn[0])
 
 
 def _no_answers() -> EvaluationError:

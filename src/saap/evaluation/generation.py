@@ -24,6 +24,7 @@ from saap.models.walk.probe import check_reads
 BUNDLED = "bundled"
 QUARTERS = 4
 TOP_P = 0.95
+NOT_FINITE = "the model's logits are not finite", "Use --dtype float32"
 
 
 class Prompt(BaseModel):
@@ -138,7 +139,7 @@ def write(
             except RuntimeError as error:
                 if "probability tensor" not in str(error):
                     raise
-                raise EvaluationError("the model's logits are not finite", "Use --dtype float32") from None
+                raise EvaluationError(*NOT_FINITE) from None
         made = list(takewhile(lambda token: token not in ends, made))
         text = str(tokenizer.decode(made, skip_special_tokens=True))
         written.append(Written(prompt=prompt, text=text, ids=tuple(made)))

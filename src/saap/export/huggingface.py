@@ -244,7 +244,7 @@ def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reads_both(fields: Mapping[str, Any], scaling: Mapping[str, Any]) -> bool:
-    """Whether the family's configuration keeps `rope_parameters` by kind of layer beside an old `rope_scaling`."""
+    """Whether the family's configuration keeps `rope_parameters` by kind of layer if `rope_scaling` is given too."""
     kind, given = fields.get("base_model_type", fields.get("model_type")), dict(fields)
     given.pop("model_type", None)
     try:

@@ -128,7 +128,9 @@ def place(folder: Path, out: Path) -> None:
             shutil.move(part, folder)
         if not isinstance(error, OSError):
             raise
-        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or error
+        reason = error.strerror or error
+        if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+            reason = error.args[0][0][2]  # of the first file that was not copied
         raise OutputError(f"{out} cannot be written ({reason})", "Choose another --out") from error
     shutil.rmtree(old, ignore_errors=True)
     remove_leftovers(out)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from saap.core.errors import EvaluationError, ModelError
+from saap.evaluation.generation import NOT_FINITE
 from saap.evaluation.speed import CachedModel
 from saap.models.loading.pretrained import end_tokens
 from saap.models.loading.references import ResolvedModel, resolve_model
@@ -85,7 +86,7 @@ def continued(speaker: Speaker, ids: list[int], settings: GenerationSettings) ->
 def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
     """The next token. logits: (vocabulary,). temperature 0 takes the most likely one."""
     if not bool(logits.max().isfinite()):  # a token that is never written may have -inf
-        raise EvaluationError("the model's logits are not finite", "Use --dtype float32")
+        raise EvaluationError(*NOT_FINITE)
     if temperature == 0:
         return int(logits.argmax())
     below = logits.cpu().double()

@@ -15,7 +15,7 @@ from saap.models.loading.references import ResolvedModel
 _FILES = ("calibration", "plan", "data", "texts", "task_data", "prompts", "chat", "dense", "teacher")
 """Settings that may name files: other words may be names of files by chance."""
 
-SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """Names of the files of a model besides its weights: configuration, template, tokenizers, code."""
 
 
@@ -60,6 +60,6 @@ def weights_digest(resolved: ResolvedModel) -> str:
 
 def model_digest(resolved: ResolvedModel) -> str:
     """sha256 over the weights of a model, its configuration, its code, its tokenizer and the chat template."""
-    patterns = SMALL if resolved.gguf_file is None else ()
+    patterns = _SMALL_FILES if resolved.gguf_file is None else ()
     small = sorted(file for pattern in patterns for file in resolved.folder.glob(pattern))
     return digest_of([weights_digest(resolved), [[file.name, tree_digest(file)] for file in small]])
