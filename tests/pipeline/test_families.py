@@ -16,7 +16,7 @@ from tests.processes import python
 from torch import nn
 
 import saap
-from saap.core.errors import SaapError, UnsupportedModelError
+from saap.core.errors import ConfigurationError, SaapError, UnsupportedModelError
 from saap.core.records import Layout
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.shared.legality import check_walk
@@ -65,6 +65,33 @@ def test_a_pair_of_limits_is_no_list_of_two_layers(family: str, tmp_path: Path) 
     assert result.plan.dropped_blocks == (0,)
     limits = saap.load(tmp_path / "out").config.time_step_limit
     assert tuple(limits) == tuple(configuration(family).time_step_limit)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "nemotron_h"])
+def test_whole_blocks_leave_where_nothing_inside_them_can(family: str, tmp_path: Path) -> None:
+    source = folder_of(family, tmp_path)
+    result = prune(source, tmp_path / "out", roles=("block",), pruning_ratio=0.2)
+    assert len(result.plan.dropped_blocks) > 0
+    assert saap.load(tmp_path / "out").num_parameters() == result.report.parameters
+    with pytest.raises(ConfigurationError, match=r"scores a block by its units, and .* has none that can be removed"):
+        prune(source, tmp_path / "other", method="block-influence", pruning_ratio=0.2)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_an_expert_takes_its_scale_along(layout: Layout, tmp_path: Path) -> None:
+    model = build("gemma4_text", enable_moe_block=True, num_experts=6, top_k_experts=2, moe_intermediate_size=8)
+    scales = {f"model.layers.{n}.router.per_expert_scale": torch.arange(6) + 6 * n + 1.0 for n in range(4)}
+    model.load_state_dict(scales, strict=False)
+    model.save_pretrained(tmp_path / "dense")
+    result = prune(tmp_path / "dense", tmp_path / "out", layout, roles=("expert",), pruning_ratio=0.05, align=1)
+    opened = saap.load(tmp_path / "out")
+    for layer in range(4):
+        kept = list(result.plan.keep.get(f"layers.{layer}.expert", range(6)))
+        name = f"model.layers.{layer}.router.per_expert_scale"
+        assert opened.get_parameter(name).round().tolist() == scales[name][kept].tolist()  # distilled a little
+        assert len(kept) == len(opened.get_submodule(name.rpartition(".")[0]).proj.weight)
+    assert sum(map(len, result.plan.keep.values())) < 24
+    assert torch.equal(opened(every_family.TOKENS).logits, result.model(every_family.TOKENS).logits)
 
 
 @pytest.mark.parametrize(

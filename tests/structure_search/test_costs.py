@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,11 @@ from saap.core.records import Role
 from saap.discovery import discover
 from saap.models.walk.backend import Backend
 from saap.models.walk.walk import walk
-from saap.structure_search.second_order import SecondOrder, WeightedGrams
+from saap.structure_search.second_order import SecondOrder, WeightedGrams, gram_bytes
 
 
-def found_in(backend: Backend, tokens: torch.Tensor) -> SecondOrder:
-    grams = WeightedGrams(backend, tokens)
+def found_in(backend: Backend, tokens: torch.Tensor, roles: Collection[Role] = tuple(Role)) -> SecondOrder:
+    grams = WeightedGrams(backend, tokens, roles)
     walk(backend, tokens, [grams], micro_batch=2)
     return grams.result()
 
@@ -37,6 +38,18 @@ def test_a_norm_after_the_module_takes_out_its_scale() -> None:
     for name, scores in plain.scores.items():
         assert scaled.scores[name] == pytest.approx(scores, rel=1e-2), name
         assert np.array_equal(scaled.orders[name], plain.orders[name])
+
+
+@pytest.mark.parametrize("role", [Role.FFN, Role.ATTENTION])
+def test_roles_that_stay_whole_need_no_gram_matrices(role: Role) -> None:
+    backend = Backend(families.build("llama"), discover(families.build("llama")))
+    tokens = families.token_ids(3, 12)
+    alone, every = (found_in(backend, tokens, roles) for roles in ([role], tuple(Role)))
+    names = {group.name for group in backend.graph.of_role(role)}
+    assert {*alone.scores} == {*alone.grams} == names < {*every.scores}
+    for name in names:
+        assert np.array_equal(alone.orders[name], every.orders[name])
+    assert gram_bytes(backend.graph, [role]) == sum(4 * gram.numel() for gram in alone.grams.values())
 
 
 def test_the_costs_of_all_units_of_a_module_add_up_to_the_second_order_change() -> None:

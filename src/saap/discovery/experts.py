@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +66,20 @@ def find_routing(
             alike = [one.count for one in choices if torch.equal(one.rows, choice.rows)]
             # A router without top-k takes one maximum after the other.
             least = max(*alike, len(alike) if max(alike) == 1 else 0)
-            return _in_groups(Routing(routers, count, least), choice, choices)
+            scales = tuple(_indexed_by_expert(rows, routers, count))
+            return _in_groups(Routing((*routers, *scales), count, least), choice, choices)
     return None
+
+
+def _indexed_by_expert(rows: Mapping[Axis, Sequence[int]], routers: Sequence[Axis], count: int) -> Iterator[Axis]:
+    """Vectors of one number per expert beside or above a router; read at the selected experts, tied to nothing else."""
+    for (name, axis), row in rows.items():
+        path, units = name.rpartition(".")[0], {*row}
+        around = any(router.startswith(f"{path}.") and router != name for router, _ in routers)
+        if not around or (name, 1) in rows or not len(row) == len(units) == count:
+            continue
+        if all(units.isdisjoint(others) for (other, _), others in rows.items() if other != name):
+            yield name, axis
 
 
 def _in_groups(routing: Routing, choice: Choice, choices: Sequence[Choice]) -> Routing:

@@ -117,7 +117,8 @@ def flat_scores(graph: ModelGraph) -> Mapping[str, UnitScores]:
 
 def check_reachable(graph: ModelGraph, budget: AnyBudget | None, space: SearchSpace) -> StructurePlan:
     """A plan that meets the budget, made without scores; None removes nothing. Raises TargetError if there is none."""
-    return search(graph, flat_scores(graph), budget or Budget(removal=0), space, Strategy.UNIFORM)
+    alike = SearchGuide(evaluator=lambda keep, dropped: 0.0)
+    return search(graph, flat_scores(graph), budget or Budget(removal=0), space, Strategy.UNIFORM, alike)
 
 
 def search(

@@ -5,13 +5,13 @@ sensitivity of the loss to the module's output there: tokens differ in both by o
 order on it gives the squared error of each further unit; half of that is a loss change in nats, comparable over layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from saap.core.records import FloatArray, IntArray, ModelGraph
+from saap.core.records import FloatArray, IntArray, ModelGraph, Role
 from saap.models.structure.keep_index import sole_consumers, unit_channels
 from saap.models.structure.least_squares import removal_order
 from saap.models.structure.linear import weight_out_in
@@ -37,9 +37,9 @@ class SecondOrder:
     orders: Mapping[str, IntArray]
 
 
-def gram_bytes(graph: ModelGraph) -> int:
-    """Memory of the Gram matrices of all groups that have costs."""
-    members = [group.consumers[0] for group in sole_consumers(graph).values()]
+def gram_bytes(graph: ModelGraph, roles: Collection[Role]) -> int:
+    """Memory of the Gram matrices of all groups of these roles that have costs."""
+    members = [group.consumers[0] for group in sole_consumers(graph, roles).values()]
     return sum(4 * graph.shapes[member.tensor][member.axis] ** 2 for member in members)
 
 
@@ -50,9 +50,9 @@ class WeightedGrams(Observer):
     spilled activations the units are put in order, and the matrix freed, while their block's weights are in memory.
     """
 
-    def __init__(self, backend: Backend, tokens: Tensor) -> None:
+    def __init__(self, backend: Backend, tokens: Tensor, roles: Collection[Role] = tuple(Role)) -> None:
         self._backend, self._tokens = backend, tokens
-        self._groups = sole_consumers(backend.graph)
+        self._groups = sole_consumers(backend.graph, roles)
         self._grams = {} if backend.spill is not None else {path: self._empty(path) for path in self._groups}
         self._removed: dict[str, tuple[Tensor, Tensor]] = {}
         self.needs = dict.fromkeys(self._groups, Signal.INPUT | Signal.OUTPUT_GRADIENT)

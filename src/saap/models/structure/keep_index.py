@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -162,12 +162,13 @@ def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropp
         )
 
 
-def sole_consumers(graph: ModelGraph) -> dict[str, CoupledGroup]:
-    """Groups inside blocks whose channels have exactly one consumer, by the path of that module."""
+def sole_consumers(graph: ModelGraph, roles: Collection[Role] = tuple(Role)) -> dict[str, CoupledGroup]:
+    """Groups of these roles inside blocks whose channels have exactly one consumer, by the path of that module."""
     return {
         group.consumers[0].tensor.rpartition(".")[0]: group
         for group in graph.groups
         if group.layer >= 0
+        and group.role in roles
         and group.role is not Role.QUERY
         and len(group.consumers) == 1
         and group.consumers[0].part is None

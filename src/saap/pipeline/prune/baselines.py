@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.baselines.baseline import Baseline, Measurements
+from saap.baselines.baseline import Baseline, Measurements, block_groups
 from saap.core.errors import ConfigurationError
 from saap.core.records import GroupScores, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 from saap.models.walk.backend import Backend
@@ -57,13 +57,18 @@ def check_method(config: PruneConfig, graph: ModelGraph) -> None:
     baseline = baseline_of(config.method)
     if baseline is None:
         return
-    roles, wrong = unit_roles(config.roles), None
+    roles = unit_roles(config.roles)
+    wrong: tuple[str, str, str] | None = None
     unscored = next((role for role in roles if role not in baseline.scored), None)
     bundle = next((group.bundle for group in graph.groups if group.bundle and group.role in roles), None)
+    inside = {group.layer for group in block_groups(graph)}
+    bare = next((path for layer, path in enumerate(graph.blocks) if layer not in inside), None)
     if unscored is not None:
         wrong = f"does not score units of the role {unscored}", unscored, "this role"
     elif bundle is not None and Role.EXPERT not in baseline.scored:
         wrong = f"scores matrices one by one, and {bundle} of this model stacks its experts", Role.EXPERT, "ffn"
+    elif bare is not None and PrunableRole.BLOCK in config.roles:
+        wrong = f"scores a block by its units, and {bare} has none that can be removed", PrunableRole.BLOCK, "block"
     if wrong is not None:
         problem, needed, role = wrong
         every = ((method, baseline_of(method)) for method in Method)

@@ -105,7 +105,7 @@ class Costs(NamedTuple):
 
 def find_costs(run: Run) -> Costs:
     """Importance and second-order costs of all units, from the same samples."""
-    grams = WeightedGrams(run.backend, run.tokens.tensor("scored", run.device))
+    grams = WeightedGrams(run.backend, run.tokens.tensor("scored", run.device), scored_roles(run.config))
     return Costs(estimate_scores(run, [grams]), grams.result())
 
 

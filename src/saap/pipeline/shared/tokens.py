@@ -32,7 +32,7 @@ from saap.models.walk.walk import layerwise_logits
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.presets import PRESETS, Preset
-from saap.settings.prune import PrunableRole, PruneConfig
+from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
 from saap.settings.registry import Method, Strategy
 from saap.structure_search.second_order import gram_bytes
 from saap.surgery.held_out import require_sequences
@@ -139,7 +139,7 @@ def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> boo
     if not chooses_units(config) or config.strategy is not Strategy.SECOND_ORDER:
         return False
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    needed = gram_bytes(graph)
+    needed = gram_bytes(graph, unit_roles(config.roles))
     if needed > weights and offloaded(model) is None:
         raise ConfigurationError(
             f"--strategy second-order needs {needed / 1e9:.3g} GB for its Gram matrices, more than the weights "
