@@ -143,6 +143,8 @@ FLAGS: list[Case] = [
         (("--generation", "--seed", "-1"), "--seed -1"),
         (("--generation", "--max-tokens", "99"), "nothing reads --max-tokens without --perplexity"),
         (("--perplexity", "bundled", "--limit", "9", "--rounded-tasks"), "nothing reads --limit and --rounded-tasks"),
+        (("--perplexity", "bundled", "--seed", "3"), "nothing reads --seed without --generation or --prompts"),
+        (("--perplexity", "bundled", "--dense-revision", "main"), "nothing reads --dense-revision without --dense"),
     )],
     *[((*EXPORT, flag, value), offender) for flag, value, offender in (
         ("--format", "onnx", "'onnx'"), ("--quantization", "q9", "'q9'"), ("--out", "MODEL/config.json", "exists"),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.core.errors import CalibrationError, ModelError
+from saap.core.errors import CalibrationError, ConfigurationError, ModelError
 from saap.core.evaluation_records import EvalReport, GenerationReport, Perplexity, SpeedReport, TaskResult
 from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import IntArray
@@ -110,6 +110,14 @@ def check_request(
     request: EvalRequest,
 ) -> tuple[Sequence[generation.Prompt], Sequence[Sequence[dict[str, Any]]]]:
     """Reject invalid requests without loading a model. Returns the requested prompts and conversations."""
+    for measured, names, flags in (
+        ([request.prompts], ("generated_tokens", "seed"), "--generation or --prompts"),
+        ([request.prompts, request.dense, request.speed], ("dense_revision", "dense_trust_remote_code"), "--dense"),
+    ):
+        if not any(measured) and (given := request.flags_changed(*names)):
+            raise ConfigurationError(
+                f"nothing reads {' and '.join(given)} without {flags}", f"Add {flags}, or leave it out"
+            )
     if request.speed is not None:
         request.speed.runtime.check()
     if request.tasks:
