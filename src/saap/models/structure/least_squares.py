@@ -80,13 +80,17 @@ def ridge_fit(
     start = held_out.error(weight)
     if start <= ROUNDING * held_out.energy:
         return weight, 1.0
-    best, error = best_ridge(ridges, lambda ridge: held_out.error(_ridge(weight, fit, ridge)))
+    best, error = best_ridge(ridges, _held_out_error(_ridge_regression(weight, fit), held_out))
     if not error < start:
         return weight, 1.0
     share = fit.tokens / max(1, fit.tokens + held_out.tokens)
     fit.gram += held_out.gram
     fit.cross += held_out.cross
-    return _ridge(weight, fit, best * share).to(weight), max(0.0, error) / start
+    return _ridge_regression(weight, fit)(best * share).to(weight), max(0.0, error) / start
+
+
+def _held_out_error(regression: Callable[[float], Tensor], held_out: Moments) -> Callable[[float], float]:
+    return lambda ridge: held_out.error(regression(ridge))
 
 
 def best_ridge(ridges: Sequence[float], error_of: Callable[[float], float]) -> tuple[float, float]:
@@ -102,13 +106,17 @@ def best_ridge(ridges: Sequence[float], error_of: Callable[[float], float]) -> t
     return ridges[at], error
 
 
-def _ridge(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
-    """Weight + (T - weight G) (G + r mean(diag G))^-1 in float64, T = sum of t x^T."""
+def _ridge_regression(weight: Tensor, moments: Moments) -> Callable[[float], Tensor]:
+    """For any ridge r, weight + (T - weight G) (G + r mean(diag G))^-1 in float64, T = sum of t x^T."""
     gram, dense = in_float64(moments.gram), in_float64(weight)
-    missing = in_float64(moments.cross) - gram @ dense.T
-    scale = gram.diagonal().mean().clamp_min(1e-30)
-    gram.diagonal().add_(max(ridge, 1e-9) * scale)
-    return dense + torch.cholesky_solve(missing, torch.linalg.cholesky(gram)).T
+    missing, diagonal = in_float64(moments.cross) - gram @ dense.T, gram.diagonal().clone()
+    scale = diagonal.mean().clamp_min(1e-30)
+
+    def solved(ridge: float) -> Tensor:
+        gram.diagonal().copy_(diagonal + max(ridge, 1e-9) * scale)
+        return dense + torch.cholesky_solve(missing, torch.linalg.cholesky(gram)).T
+
+    return solved
 
 
 def _damped(gram: Tensor, ridge: float) -> Tensor:
@@ -181,8 +189,8 @@ def removal_order(
 def _unit_costs(weight: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
     if units.shape[1] == 1:
         columns = units[:, 0]
-        squares: Tensor = weight[:, columns].square().sum(0)
-        return squares / inverse.diagonal()[columns]
+        squares: Tensor = weight.square().sum(0)
+        return squares[columns] / inverse.diagonal()[columns]
     blocks = inverse[units.unsqueeze(-1), units.unsqueeze(1)]
     slices = weight[:, units].transpose(0, 1)
     solved: Tensor = torch.linalg.solve(blocks, slices.transpose(1, 2))
