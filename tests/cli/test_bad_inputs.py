@@ -135,7 +135,8 @@ FLAGS: list[Case] = [
         (("--perplexity", "bundled", "--stride", "0"), "--stride 0"),
         (("--perplexity", "bundled", "--stride", "600"), "--stride 600"),
         (("--perplexity", "bundled", "--max-tokens", "0"), "--max-tokens 0"),
-        (("--perplexity", "wikitext"), "wikitext2"),
+        (("--perplexity", "wikitext"), "wikitext2"), (("--perplexity", "none.txt"), "none.txt"),
+        (("--tasks", "arc_esay"), "Did you mean arc_easy"),
         (("--tasks", "piqa", "--limit", "0"), "--limit 0"),
         (("--generation", "--max-new-tokens", "0"), "--max-new-tokens 0"), (("--prompts", "none.txt"), "none.txt"),
         (("--chat", "none.jsonl"), "none.jsonl"),
@@ -226,6 +227,11 @@ def content(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return changed
 
 
+def own_code(folder: Path) -> None:
+    config(model_type="mine", auto_map={"AutoModelForCausalLM": "evil.Model"})(folder)
+    put("evil.py", "raise SystemExit('ran')")(folder)
+
+
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -244,7 +250,7 @@ MODELS: Mapping[str, tuple[Callable[[Path], Any], str]] = {
     "no layers": (config(num_hidden_layers=0), "no decoder blocks"),
     "other sizes": (config(intermediate_size=40), "MODEL"),
     "unknown activation": (config(hidden_act="swoosh"), "swoosh"),
-    "own code": (config(model_type="mine", auto_map={"AutoModelForCausalLM": "evil.Model"}), "evil.py"),
+    "own code": (own_code, "evil.py"),
     "auto_map is a word": (config(model_type="mine", auto_map="evil.Model"), "mine"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
     "weights are a folder": (

@@ -43,26 +43,6 @@ def test_json_is_one_object_with_the_promised_fields(capsys, tmp_path, source) -
     assert "perplexity" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "offender"),
-    [
-        ([], "nothing to measure"),
-        (["--perplexity", "none.txt"], "none.txt"),
-        (["--perplexity", "bundled", "--window", "1"], "--window 1"),
-        (["--perplexity", "bundled", "--stride", "900"], "--stride 900"),
-        (["--tasks", "arc_esay"], "Did you mean arc_easy"),
-        (["--chat", "none.jsonl"], "none.jsonl"),
-        (["--prompts", "none.txt"], "none.txt"),
-        (["--generation", "--dense", "no/where/at/all"], "no/where/at/all"),
-    ],
-)
-def test_refusals(capsys, source, arguments, offender) -> None:
-    code, _, error = run(capsys, "eval", source, *arguments)
-    assert code == 2
-    assert offender in error
-    assert error.startswith("error: ")
-
-
 def test_the_terminal_names_measures_as_the_page_does(capsys, tmp_path, source) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("The house\n")
