@@ -8,17 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tests.command import run
 from tests.pipeline import tiny
 
 import saap
-from saap.cli import app as cli
 from saap.pipeline.prune import run as run_module
 
 RATIO = ("--pruning-ratio", "0.2")
@@ -346,12 +345,9 @@ def refused(
     given = [places.get(word, word) for word in arguments]
     given = [word.replace("MODEL/", f"{model}/").replace("TMP/", f"{folder}/") for word in given]
     before = {**state(folder), **state(model)}
-    monkeypatch.setattr(sys, "argv", ["saap", *given])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    error = capsys.readouterr().err
+    code, _, error = run(capsys, *given)
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert caught.value.code == 2, error
+    assert code == 2, error
     assert len(lines) == 1, error
     assert error.rstrip().endswith(lines[0]), error
     assert "Traceback" not in error

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import saap
-from saap.cli import app as cli
 from saap.core.errors import ConfigurationError, ExportError, ModelError, OutputError, SaapError
 from saap.data.texts import evaluation_text
 from saap.export.gguf import plan, write
@@ -404,20 +402,15 @@ def test_an_unknown_type_is_a_setting_of_the_export(tmp_path: Path) -> None:
         export_gguf(tmp_path / "model", tmp_path / "out.gguf", quantization="q5")
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = family_folder(tmp_path / "model", "llama"), tmp_path / "sub" / "out.gguf"
-    monkeypatch.setattr(sys, "argv", ["saap", "export", str(folder), "--out", str(out), "--json"])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 0
-    shown = json.loads(capsys.readouterr().out)
+    code, said, error = run(capsys, "export", folder, "--out", out, "--json")
+    assert code == 0, error
+    shown = json.loads(said)
     assert shown["equal_predictions"] > 0.95
     assert Path(shown["modelfile"]).read_text().startswith("FROM ./out.gguf\n")
-    monkeypatch.setattr(sys, "argv", ["saap", "export", str(folder), "--out", str(out), "--quantization", "q3"])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 2
-    assert "q8_0" in capsys.readouterr().err
+    code, _, error = run(capsys, "export", folder, "--out", out, "--quantization", "q3")
+    assert (code, "q8_0" in error) == (2, True)
 
 
 # Tokenizers.

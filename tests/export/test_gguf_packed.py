@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from tests.command import run
 from tests.export.gguf_models import adaptive_folder, family_folder
 
-from saap.cli import app as cli
 from saap.core.errors import ModelError
 from saap.export.gguf.write import interleaved
 from saap.models.checkpoint.groupwise import linears_inside, read_packed, write_packed
@@ -77,21 +76,13 @@ def test_the_file_has_the_very_integers(folder: Path, tmp_path: Path) -> None:
     assert done.agreement.share > 0.8
 
 
-def test_other_groups_are_quantised_anew_and_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_groups_are_quantised_anew_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tuned(family_folder(tmp_path / "model", "llama", **SIZES), bits=3, group_size=16)
-    out = tmp_path / "out.gguf"
-    arguments = ["saap", "export", str(folder), "--out", str(out), "--quantization", "q4_1"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 0
-    assert "3 bits in groups of 16, which is not Q4_1" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*arguments, "--overwrite", "--json", "--no-verify"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert json.loads(capsys.readouterr().out)["packed_matrices"] == 0
+    arguments = ["export", folder, "--out", tmp_path / "out.gguf", "--quantization", "q4_1"]
+    code, said, _ = run(capsys, *arguments)
+    assert (code, "3 bits in groups of 16, which is not Q4_1" in said) == (0, True)
+    _, said, _ = run(capsys, *arguments, "--overwrite", "--json", "--no-verify")
+    assert json.loads(said)["packed_matrices"] == 0
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

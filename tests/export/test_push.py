@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from tests.command import run
 from tests.export.gguf_models import adaptive_folder
-
-from saap.cli import app as cli
 
 http = pytest.importorskip("httpx2")  # what the newer hub client talks through
 
@@ -61,19 +59,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     huggingface_hub.set_client_factory(http.Client)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["saap", "export", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return int(left.value.code or 0)
-
-
 def test_the_folder_is_uploaded_with_a_card_the_hub_accepts(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
-    assert run(monkeypatch, folder, "--push", "me/small") == 0
-    said = capsys.readouterr().out.splitlines()
+    code, out, error = run(capsys, "export", folder, "--push", "me/small")
+    assert code == 0, error
+    said = out.splitlines()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     assert said[0] == f"upload {len(hub.files)} files, {size:,.1f} MB, to me/small ..."
     assert said[1] == f"uploaded {folder} to https://huggingface.co/me/small"
@@ -87,48 +79,45 @@ def test_the_folder_is_uploaded_with_a_card_the_hub_accepts(
 
 
 def test_the_lines_that_open_an_upload_name_its_owner(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
-    assert run(monkeypatch, folder, "--push", "small") == 0
-    assert 'saap.load("me/small")' in capsys.readouterr().out
+    code, out, _ = run(capsys, "export", folder, "--push", "small")
+    assert (code, 'saap.load("me/small")' in out) == (0, True)
 
 
 @pytest.mark.parametrize("private", [True, False])
 def test_a_private_upload_does_not_become_public(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], private: bool
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], private: bool
 ) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
     hub.private = private
-    code = run(monkeypatch, folder, "--push", "me/small", "--private")
+    code, _, error = run(capsys, "export", folder, "--push", "me/small", "--private")
     assert (code, bool(hub.files)) == (0 if private else 2, private)
-    assert ("me/small exists and is public" in capsys.readouterr().err) is not private
+    assert ("me/small exists and is public" in error) is not private
 
 
-def test_code_of_a_folder_is_uploaded_and_not_run(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_folder_is_uploaded_and_not_run(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
     fields = json.loads((folder / "config.json").read_text())
     fields |= {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Own"}}
     (folder / "config.json").write_text(json.dumps(fields))
     (folder / "own.py").write_text("raise SystemExit")
-    assert run(monkeypatch, folder, "--push", "me/small") == 0
+    assert run(capsys, "export", folder, "--push", "me/small")[0] == 0
     assert "own.py" in hub.files
 
 
-def test_a_refusal_is_one_sentence(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refusal_is_one_sentence(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
     hub.status = 403
-    assert run(monkeypatch, folder, "--push", "me/small") == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    code, _, errors = run(capsys, "export", folder, "--push", "me/small")
+    error = errors.strip().splitlines()[-1]
+    assert code == 2
     assert error.startswith("error: The hub rejects the upload to me/small")
     assert "hf auth login" in error
 
 
 @pytest.mark.parametrize("arguments", [[], ["--push", "me/small", "--out", "there"]])
-def test_one_of_two(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, tmp_path, *arguments) == 2
-    assert "--output and --push" in capsys.readouterr().err
+def test_one_of_two(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(capsys, "export", tmp_path, *arguments)
+    assert (code, "--output and --push" in error) == (2, True)

@@ -7,16 +7,16 @@ import io
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests import command
 from tests.browser import CHROMIUM
 from tests.data.byte_tokenizer import CHAT_TEMPLATE
 from tests.export.gguf_models import adaptive_folder, family_folder, family_model
 from tests.pipeline import tiny
 
-from saap.cli import app as cli
 from saap.cli.show.answers import print_in_turn
 from saap.core.errors import UnsupportedModelError
 from saap.evaluation.generation import message_ids
@@ -81,24 +81,18 @@ def test_a_conversation_that_is_too_long_is_refused() -> None:
         list(replies((Speaker("dense", family_model("gpt2"), tiny.tokenizer()),), long, SHORT))
 
 
-class Run:
-    """`saap chat` with lines of the standard input."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.monkeypatch = capsys, monkeypatch
-
-    def __call__(self, source: Path, *arguments: str, typed: str = "") -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["saap", "chat", str(source), "--device", "cpu", *arguments])
-        self.monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        shown = self.capsys.readouterr()
-        return int(left.value.code or 0), shown.out, shown.err
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return Run(capsys, monkeypatch)
+    """`saap chat` with lines of the standard input."""
+
+    def chatting(source: Path, *arguments: str, typed: io.StringIO | str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed) if isinstance(typed, str) else typed)
+        return command.run(capsys, "chat", source, "--device", "cpu", *arguments)
+
+    return chatting
 
 
 def test_questions_come_from_the_standard_input(tmp_path: Path, run: Run) -> None:
@@ -136,7 +130,7 @@ class Terminal(io.StringIO):
 
 
 def test_an_interrupt_ends_one_answer_and_not_the_chat(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = family_folder(tmp_path / "model", "llama")
     asked: list[Turns] = []
@@ -150,18 +144,13 @@ def test_an_interrupt_ends_one_answer_and_not_the_chat(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "replies", interrupted)
-    monkeypatch.setattr(sys, "argv", ["saap", "chat", str(source), "--device", "cpu"])
-    monkeypatch.setattr(sys, "stdin", Terminal("One\nTwo\nThree\nFour\n"))
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert (left.value.code or 0, capsys.readouterr().err.count("interrupted")) == (0, 2)
+    code, _, error = run(source, typed=Terminal("One\nTwo\nThree\nFour\n"))
+    assert (code, error.count("interrupted")) == (0, 2)
     assert [message["content"] for message in asked[-1]["answer"]] == ["One", "answer 1", "Two", "answer 2", "Four"]
     asked.clear()
-    monkeypatch.setattr(sys, "stdin", io.StringIO("One\nTwo\n"))
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert (left.value.code, len(asked)) == (130, 1)
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted."
+    code, _, error = run(source, typed="One\nTwo\n")
+    assert (code, len(asked)) == (130, 1)
+    assert error.splitlines()[-1] == "interrupted."
 
 
 def test_what_cannot_be_served_is_refused_before_a_model_is_opened(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from tests.command import run
 from tests.export.gguf_models import adaptive_folder
 from tests.pipeline import tiny
 
-from saap.cli import app as cli
 from saap.core.manifest import read_manifest
 from saap.export.consumers import _version
 from saap.models.loading.pretrained import load
@@ -58,16 +57,10 @@ def arguments(tmp_path: Path) -> list[str]:
     return ["prune", str(tmp_path / "model"), "--pruning-ratio", "0.3", *text, "--device", "cpu", "-o"]
 
 
-def test_the_command(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["saap", *arguments, str(tmp_path / "out"), "--check", "transformers", "--json", "--quiet"]
-    )
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    shown = json.loads(capsys.readouterr().out)
-    assert left.value.code == 0
+def test_the_command(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, error = run(capsys, *arguments, tmp_path / "out", "--check", "transformers", "--json", "--quiet")
+    assert code == 0, error
+    shown = json.loads(out)
     assert [one["error"] for one in shown["opened"]] == [None]
     assert shown["opened"][0]["code"] in (tmp_path / "out" / "README.md").read_text()
 
@@ -77,11 +70,8 @@ def test_a_program_that_is_not_installed_is_refused_before_the_pruning(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else found(name))
-    monkeypatch.setattr(sys, "argv", ["saap", *arguments, str(tmp_path / "out"), "--check", "transformers,vllm"])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 2
-    assert "vllm needs the package vllm. Run pip install vllm." in capsys.readouterr().err
+    code, _, error = run(capsys, *arguments, tmp_path / "out", "--check", "transformers,vllm")
+    assert (code, "vllm needs the package vllm. Run pip install vllm." in error) == (2, True)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from tests import command
 from tests.pipeline import tiny
 from tests.reporting.comparison import comparison
 
 from saap.baselines.baseline import Measurements
-from saap.cli import app as cli
 from saap.core.errors import CalibrationError, ConfigurationError, OutputError, StaleInputError, TargetError
 from saap.core.evaluation_records import Comparison
 from saap.discovery import discover
@@ -268,16 +268,13 @@ def test_measurements_that_no_method_needs_any_more_are_forgotten() -> None:
     assert made.of(flap) is not first
 
 
-def test_the_command(source, tmp_path, capsys, monkeypatch) -> None:
+def test_the_command(source, tmp_path, capsys) -> None:
     arguments = [
         "compare", source, "--out", tmp_path / "c", "--methods", "magnitude,random", "--pruning-ratio", "0.1",
         "--restore", "no", "--window", "64", "--max-tokens", "256", "--samples", "4", "--sample-length", "32",
         "--refit-tokens", "1024", "--align", "8", "--effort", "fast", "--json",
     ]  # fmt: skip
-    monkeypatch.setattr("sys.argv", ["saap", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    shown = json.loads(capsys.readouterr().out)
-    assert caught.value.code == 0
-    assert [row["method"] for row in shown["rows"]] == ["magnitude", "random"]
+    code, out, error = command.run(capsys, *arguments)
+    assert code == 0, error
+    assert [row["method"] for row in json.loads(out)["rows"]] == ["magnitude", "random"]
     assert (tmp_path / "c" / "comparison.md").read_text().startswith("| method |")

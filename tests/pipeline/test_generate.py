@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.command import run
 from tests.export.gguf_models import adaptive_folder, family_folder
 from tests.pipeline import tiny
 
-from saap.cli import app as cli
-from saap.core.errors import ConfigurationError, EvaluationError, ModelError
+from saap.core.errors import EvaluationError, ModelError
 from saap.evaluation.generation import prompt_ids
 from saap.pipeline.evaluate.generate import Speaker, choose, continued, open_speakers
 from saap.pipeline.shared import outcome
@@ -81,28 +80,11 @@ def test_the_dense_model_is_the_one_of_the_manifest(tmp_path: Path) -> None:
     assert [one.label for one in open_speakers(str(dense), DenseSettings(), CPU)] == ["answer"]
 
 
-@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])
-def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigurationError):
-        GenerationSettings(**wrong)  # type: ignore[arg-type]
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tiny.folder(tmp_path / "model")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["saap", "generate", str(source), *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        shown = capsys.readouterr()
-        return int(left.value.code or 0), shown.out, shown.err
-
-    code, text, _ = run("--prompt", "Once", "--max-new-tokens", "4", "--device", "cpu")
+    asked = ("generate", source, "--prompt", "Once", "--max-new-tokens", "4", "--device", "cpu")
+    code, text, _ = run(capsys, *asked)
     assert (code, text.startswith("answer: ")) == (0, True)
-    code, text, _ = run(
-        "--prompt", "Once", "--max-new-tokens", "4", "--dense", str(source), "--json", "--device", "cpu"
-    )
+    _, text, _ = run(capsys, *asked, "--dense", source, "--json")
     shown = json.loads(text)
     assert shown["dense"] == shown["pruned"] != ""
-    code, _, error = run("--prompt", " ")
-    assert (code, "--prompt is empty" in error) == (2, True)

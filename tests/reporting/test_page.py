@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from tests import browser
+from tests.command import run
 from tests.pipeline import tiny
 from tests.reporting.comparison import comparison, recovery_record, task
 
 import saap
-from saap.cli import app as cli
 from saap.core.errors import EvaluationError, ModelError
 from saap.reporting.importance import PlanGroup
 from saap.reporting.model_page import _structure_section
@@ -253,17 +253,11 @@ def test_the_recovery_of_a_model_is_shown(model_folder, tmp_path) -> None:
     assert answer.answers[0] == ("Why?", (("dense", "A"), ("pruned", "B"), ("recovered", "C")))
 
 
-def test_the_command(tmp_path, capsys, monkeypatch) -> None:
-    comparison_folder(tmp_path)
-    monkeypatch.setattr("sys.argv", ["saap", "report", str(tmp_path), "--out", str(tmp_path / "r.html")])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert (caught.value.code, (tmp_path / "r.html").exists()) == (0, True)
-    monkeypatch.setattr("sys.argv", ["saap", "report", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    assert "nowhere" in capsys.readouterr().err
+def test_the_command(tmp_path, capsys) -> None:
+    code, _, _ = run(capsys, "report", comparison_folder(tmp_path), "--out", tmp_path / "r.html")
+    assert (code, (tmp_path / "r.html").exists()) == (0, True)
+    code, _, error = run(capsys, "report", tmp_path / "nowhere")
+    assert (code, "nowhere" in error) == (2, True)
 
 
 def test_other_files_are_refused(tmp_path) -> None:
