@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.estimation.tiny import block_paths, build, token_ids
+from tests.families import build, token_ids
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saap.discovery.blocks import find_blocks
 from saap.models.walk import loss
 from saap.models.walk.walker import BlockWalker
 
@@ -19,7 +20,7 @@ def test_loss_and_gradient_equal_autograd_over_the_whole(
 ) -> None:
     model, tokens = build(family), token_ids(3, 11)
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", tokens_at_once * model.config.vocab_size)
-    walker = BlockWalker(model, block_paths(model))
+    walker = BlockWalker(model, find_blocks(model))
     hidden = walker.start(tokens).hidden.requires_grad_(True)
     logits = walker.logits(hidden)
     expected = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
@@ -45,8 +46,8 @@ class Casts(TorchDispatchMode):
 def test_the_head_is_rounded_once_and_stays_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = build("llama").float().requires_grad_(False), token_ids(2, 11)
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * model.config.vocab_size)
-    exact = BlockWalker(model, block_paths(model))
-    rounded = BlockWalker(model, block_paths(model), products=torch.bfloat16)
+    exact = BlockWalker(model, find_blocks(model))
+    rounded = BlockWalker(model, find_blocks(model), products=torch.bfloat16)
     hidden = exact.start(tokens).hidden
     expected, found = (loss.sample_losses(walker, hidden, tokens) for walker in (exact, rounded))
     torch.testing.assert_close(found[0], expected[0], rtol=1e-2, atol=0)

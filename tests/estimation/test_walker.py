@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tests import families
-from tests.estimation.tiny import FAMILIES, OwnModel, block_paths, build, token_ids
+from tests.estimation.tiny import OwnModel
+from tests.families import build, token_ids
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from saap.core.errors import UnsupportedModelError
+from saap.discovery.blocks import find_blocks
 from saap.models.structure.linear import contracted_axis, linear_modules, owner, weight_out_in
 from saap.models.walk.walker import BlockWalker, inference_only
 from saap.pipeline.shared.legality import check_walk
@@ -28,10 +30,10 @@ def stock(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_blocks_one_by_one_give_the_stock_logits(family: str) -> None:
-    model, tokens = families.build(family), token_ids(3, 12)
+    model, tokens = build(family), token_ids(3, 12)
     expected = stock(model, tokens)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    walker = BlockWalker(model, block_paths(model))
+    walker = BlockWalker(model, find_blocks(model))
     assert torch.equal(walked(walker, tokens), expected)
     for name, module in model.named_modules():
         assert vars(module).keys() == before[name].keys()
@@ -39,19 +41,19 @@ def test_blocks_one_by_one_give_the_stock_logits(family: str) -> None:
     assert torch.equal(stock(model, tokens), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families.CORE)
 def test_logits_of_a_slice_of_the_tokens(family: str) -> None:
     model, tokens = build(family), token_ids(2, 12)
-    walker = BlockWalker(model, block_paths(model))
+    walker = BlockWalker(model, find_blocks(model))
     stream = walker.start(tokens)
     whole = walker.logits(stream.hidden)
     torch.testing.assert_close(walker.logits(stream.hidden[1:, 5:9]), whole[1:, 5:9], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families.CORE)
 def test_gradients_block_by_block_equal_those_of_the_whole(family: str) -> None:
     model, tokens = build(family), token_ids(2, 12)
-    walker = BlockWalker(model, block_paths(model))
+    walker = BlockWalker(model, find_blocks(model))
     stream = walker.start(tokens)
     inputs = [stream.hidden.clone().requires_grad_(True)]
     for index in range(len(walker.blocks)):
@@ -68,22 +70,22 @@ def test_gradients_block_by_block_equal_those_of_the_whole(family: str) -> None:
 @pytest.mark.parametrize("returns_tuple", [False, True])
 def test_own_model_with_keyword_hidden_states(returns_tuple: bool) -> None:
     model, tokens = OwnModel(returns_tuple), token_ids(2, 7)
-    assert torch.equal(walked(BlockWalker(model, block_paths(model)), tokens), model(tokens))
+    assert torch.equal(walked(BlockWalker(model, find_blocks(model)), tokens), model(tokens))
 
 
 @torch.no_grad()
 def test_a_model_that_returns_its_routing_by_default_is_walked() -> None:
-    model, tokens = families.build("mixtral"), token_ids(1, 6)
+    model, tokens = build("mixtral"), token_ids(1, 6)
     expected = model(tokens).logits
     model.config.output_router_logits = True
-    torch.testing.assert_close(walked(BlockWalker(model, block_paths(model)), tokens), expected, rtol=0, atol=0)
+    torch.testing.assert_close(walked(BlockWalker(model, find_blocks(model)), tokens), expected, rtol=0, atol=0)
 
 
 def test_hooks_of_others_run_once_per_block() -> None:
     model, tokens = build("llama"), token_ids(1, 6)
-    model.model.layers[1].register_forward_pre_hook(lambda module, arguments: (2 * arguments[0], *arguments[1:]))
+    model.model.layers[-1].register_forward_pre_hook(lambda module, arguments: (2 * arguments[0], *arguments[1:]))
     expected = stock(model, tokens)
-    assert torch.equal(walked(BlockWalker(model, block_paths(model)), tokens), expected)
+    assert torch.equal(walked(BlockWalker(model, find_blocks(model)), tokens), expected)
 
 
 def test_forward_replaced_on_the_block_itself_is_kept() -> None:
@@ -92,13 +94,13 @@ def test_forward_replaced_on_the_block_itself_is_kept() -> None:
     original = block.forward
     replaced = lambda states, scale: original(states, scale=2 * scale)  # noqa: E731
     block.forward = replaced
-    assert torch.equal(walked(BlockWalker(model, block_paths(model)), tokens), model(tokens))
+    assert torch.equal(walked(BlockWalker(model, find_blocks(model)), tokens), model(tokens))
     assert block.forward is replaced
 
 
 def test_model_is_restored_after_an_error() -> None:
     model = build("llama")
-    walker = BlockWalker(model, block_paths(model))
+    walker = BlockWalker(model, find_blocks(model))
     with pytest.raises(IndexError):
         walker.start(torch.tensor([[10_000]]))
     assert all("forward" not in vars(block) and not block._forward_pre_hooks for block in walker.blocks)
@@ -114,21 +116,21 @@ def test_a_step_between_blocks_is_refused() -> None:
 
     model = Between()
     with pytest.raises(UnsupportedModelError, match=r"between blocks\.0"):
-        BlockWalker(model, block_paths(model)).start(token_ids(1, 5))
+        BlockWalker(model, find_blocks(model)).start(token_ids(1, 5))
 
 
 def test_blocks_that_do_not_run_are_refused() -> None:
     model = OwnModel()
     model.spare = nn.ModuleList([nn.Identity()])
     with pytest.raises(UnsupportedModelError, match="3 block calls"):
-        BlockWalker(model, [*block_paths(model), "spare.0"]).start(token_ids(1, 5))
+        BlockWalker(model, [*find_blocks(model), "spare.0"]).start(token_ids(1, 5))
 
 
 def test_blocks_that_run_twice_are_refused() -> None:
     model = OwnModel()
     model.blocks = nn.ModuleList([*model.blocks, model.blocks[0]])
     with pytest.raises(UnsupportedModelError, match="Block call 4"):
-        BlockWalker(model, block_paths(model)[:3]).start(token_ids(1, 5))
+        BlockWalker(model, find_blocks(model)[:3]).start(token_ids(1, 5))
 
 
 def test_keys_and_values_that_later_blocks_take_from_earlier_ones_are_refused() -> None:
@@ -139,14 +141,14 @@ def test_keys_and_values_that_later_blocks_take_from_earlier_ones_are_refused() 
     )  # fmt: skip
     model = families.randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
     with pytest.raises(UnsupportedModelError, match="do not run one by one"):
-        check_walk(model, block_paths(model))
+        check_walk(model, find_blocks(model))
 
 
 def test_starting_makes_the_logits_of_two_tokens_only() -> None:
     model, tokens = build("llama"), token_ids(2, 12)
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, arguments, output: seen.append(output.shape[:2].numel()))
-    walker = BlockWalker(model, block_paths(model))
+    walker = BlockWalker(model, find_blocks(model))
     walker.start(tokens)
     walker.start(tokens)
     assert seen == [2]
