@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import re
 import shutil
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.export.llama import llama_graph, plan_of, tiny_llama
+from tests.export.llama import plan_of, tiny_llama
 from tests.families import build
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from saap.baselines.baseline import add_biases
 from saap.core.errors import ModelError, OutputError
 from saap.core.manifest import BaseModelIdentity, Change, PerplexityChange, RunManifest, recorded_versions
 from saap.core.records import Layout, ModelGraph, StructurePlan
+from saap.discovery import discover
 from saap.export import huggingface, placing
 from saap.export.huggingface import (
     CheckpointParts,
@@ -60,7 +60,7 @@ def written(
     out: Path, *, dtype: torch.dtype = torch.float64, overwrite: bool = False, tied: bool = True
 ) -> tuple[Any, ModelGraph, StructurePlan]:
     model = tiny_llama(tied=tied)
-    graph = llama_graph(model)
+    graph = discover(model)
     plan = plan_of(graph, KEEP)
     structure = cut(model, graph, plan)
     parts = CheckpointParts(graph=graph, plan=plan, structure=structure, manifest=manifest())
@@ -100,7 +100,7 @@ def test_what_load_gives_can_be_saved_and_opened_again(tmp_path: Path) -> None:
 
 def test_a_cut_model_can_be_saved_the_usual_way(tmp_path: Path) -> None:
     model = tiny_llama()
-    graph = llama_graph(model)
+    graph = discover(model)
     mark_pruned(model, cut(model, graph, plan_of(graph, KEEP, dropped=(1,))))
     before = logits(model)
     model.save_pretrained(tmp_path / "out")
@@ -110,11 +110,8 @@ def test_a_cut_model_can_be_saved_the_usual_way(tmp_path: Path) -> None:
 def test_a_pruned_model_can_be_pruned_again(tmp_path: Path) -> None:
     written(tmp_path / "once")
     model = load(tmp_path / "once", device="cpu")
-    graph = llama_graph(model)
-    first = tuple(range(14))
-    group = dataclasses.replace(graph.group("layers.0.ffn"), units=len(first))
-    graph = dataclasses.replace(graph, groups=(group, graph.group("layers.2.attention")))
-    plan = plan_of(graph, {"layers.0.ffn": first[3:], "layers.2.attention": (0,)}, dropped=(1,))
+    graph = discover(model)
+    plan = plan_of(graph, {"layers.0.ffn": tuple(range(3, 14)), "layers.2.attention": (0,)}, dropped=(1,))
     parts = CheckpointParts(graph=graph, plan=plan, structure=cut(model, graph, plan), manifest=manifest())
     write_checkpoint(model, parts, tmp_path / "twice", dtype=torch.float64)
     again = load(tmp_path / "twice", device="cpu")
@@ -126,11 +123,9 @@ def test_a_pruned_model_can_be_pruned_again(tmp_path: Path) -> None:
 def test_a_pruned_module_can_lose_everything_later(tmp_path: Path, bias: bool) -> None:
     written(tmp_path / "once")
     model = load(tmp_path / "once", device="cpu")
-    graph = llama_graph(model)
+    graph = discover(model)
     if bias:
         add_biases(model, {"model.layers.0.mlp.down_proj": torch.arange(24.0)})
-    group = dataclasses.replace(graph.group("layers.0.ffn"), units=14)
-    graph = dataclasses.replace(graph, groups=(group,))
     plan = plan_of(graph, {"layers.0.ffn": ()})
     mark_pruned(model, cut(model, graph, plan))
     model.save_pretrained(tmp_path / "twice")
@@ -141,7 +136,7 @@ def test_a_pruned_module_can_lose_everything_later(tmp_path: Path, bias: bool) -
 
 def test_a_module_without_weights_gets_a_bias() -> None:
     model = tiny_llama()
-    graph = llama_graph(model)
+    graph = discover(model)
     cut(model, graph, plan_of(graph, {"layers.0.ffn": ()}))
     assert add_biases(model, {"model.layers.0.mlp.down_proj": torch.ones(24)}) == 24
     assert torch.equal(model.model.layers[0].mlp(torch.zeros(1, 1, 24)), torch.ones(1, 1, 24, dtype=torch.float64))
@@ -272,7 +267,7 @@ def test_an_interrupted_write_leaves_what_was_there(
 
 def test_a_class_that_transformers_does_not_know_cannot_be_written(tmp_path: Path) -> None:
     model = tiny_llama()
-    graph = llama_graph(model)
+    graph = discover(model)
     plan = plan_of(graph, KEEP)
     model.config.model_type = "of_my_own"
     parts = CheckpointParts(graph=graph, plan=plan, structure=cut(model, graph, plan), manifest=manifest())
@@ -325,7 +320,7 @@ def test_the_manifest_comes_back() -> None:
 
 def test_cutting_twice_changes_nothing(tmp_path: Path) -> None:
     model = tiny_llama()
-    graph = llama_graph(model)
+    graph = discover(model)
     plan = plan_of(graph, KEEP)
     first = cut(model, graph, plan)
     before = copy.deepcopy(model.state_dict())
