@@ -9,23 +9,26 @@ import torch
 import transformers
 from tests.export.llama import plan_of
 from tests.export.test_checkpoint import manifest
-from tests.families import FAMILIES, randomised
+from tests.families import EVERY, randomised
 from tests.pipeline import tiny
 
 from saap.core.records import Role
 from saap.discovery import discover
+from saap.export.gguf.result import GgufExport
 from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.models.loading.pretrained import load
+from saap.pipeline.export.run import export_gguf
 from saap.surgery.cut import cut
 
 # More than the tiny tokenizer has, as Qwen 2 adds a token of its own.
 ROWS = 352
 EMPTY: tuple[int, ...] = ()
+EXACT = 1e-6
 
 
 def family_model(name: str, **changes: Any) -> Any:
     """The family's tiny model with room for the tiny tokenizer, float32."""
-    kind, sizes = FAMILIES[name]
+    kind, sizes = EVERY[name]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**{**sizes, "vocab_size": ROWS, **changes})
     return randomised(transformers.AutoModelForCausalLM.from_config(config)).float()
@@ -54,3 +57,15 @@ def adaptive_folder(
         graph=graph, plan=plan, structure=cut(model, graph, plan), manifest=manifest(), tokenizer=tiny.tokenizer()
     )
     return write_checkpoint(model, parts, at / "out", dtype=torch.float32)
+
+
+def same_in_llama_cpp(folder: Path, out: Path, share: float = 1.0) -> GgufExport:
+    """The file of a folder in full precision, in which llama.cpp computes the same.
+
+    share: least one of equal predictions.
+    """
+    done = export_gguf(folder, out, quantization="f32")
+    assert done.agreement is not None
+    assert done.agreement.share >= share
+    assert abs(done.agreement.divergence) < EXACT
+    return done

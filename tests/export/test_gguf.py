@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.command import run
 from tests.data.byte_tokenizer import byte_tokenizer
-from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder, family_model
+from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder, family_model, same_in_llama_cpp
 from tests.pipeline import tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -32,7 +32,6 @@ from saap.models.loading.llama_cpp import LlamaCpp
 from saap.pipeline.export.run import export_gguf, export_model
 from saap.settings.export import ExportRequest, GgufType
 
-EXACT = 1e-6
 ALIGNED = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
 ALIGNED["num_key_value_heads"] = 2
 DIVISIBLE = {"hidden_size": 96, "intermediate_size": 64, "head_dim": 16}
@@ -51,11 +50,8 @@ def least_share(name: str) -> float:
     ],
 )  # fmt: skip
 def test_stock_models_compute_the_same_in_llama_cpp(tmp_path: Path, name: str, architecture: str) -> None:
-    done = export_gguf(family_folder(tmp_path / "model", name), tmp_path / "out.gguf", quantization="f32")
+    done = same_in_llama_cpp(family_folder(tmp_path / "model", name), tmp_path / "out.gguf", least_share(name))
     assert done.architecture == architecture
-    assert done.agreement is not None
-    assert done.agreement.share >= least_share(name)
-    assert abs(done.agreement.divergence) < EXACT
     assert done.same_tokens
 
 
@@ -95,11 +91,8 @@ def tied(name: str) -> dict[str, Any]:
 )
 def test_layers_that_differ_compute_the_same_in_llama_cpp(tmp_path: Path, name: str, ffn: Any, attention: Any) -> None:
     folder = adaptive_folder(tmp_path, name, ffn=ffn, attention=attention, **tied(name))
-    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
+    done = same_in_llama_cpp(folder, tmp_path / "out.gguf", least_share(name))
     assert done.architecture == DIFFERENT[name]
-    assert done.agreement is not None
-    assert done.agreement.share >= least_share(name)
-    assert abs(done.agreement.divergence) < EXACT
 
 
 @pytest.mark.parametrize("name", list(DIFFERENT))
@@ -118,21 +111,15 @@ def test_in_16_bits_they_have_the_same_next_token_on_2000_tokens(tmp_path: Path,
 def test_what_gemma3_derives_from_the_depth_gemma4_is_told(tmp_path: Path, options: dict[str, Any]) -> None:
     """As after blocks were dropped: llama.cpp's gemma3 has full attention in every sixth layer, and its own scale."""
     folder = family_folder(tmp_path / "model", "gemma3", num_hidden_layers=7, rope_parameters=SCALED, **options)
-    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
+    done = same_in_llama_cpp(folder, tmp_path / "out.gguf", least_share("gemma3"))
     assert done.architecture == "gemma4"
-    assert done.agreement is not None
-    assert done.agreement.share >= least_share("gemma3")
-    assert abs(done.agreement.divergence) < EXACT
 
 
 def test_windows_of_layers_that_differ_compute_the_same_in_llama_cpp(tmp_path: Path) -> None:
     """The sixth layer has full attention, whose rotary embedding has another base and is scaled."""
     options: dict[str, Any] = {"num_hidden_layers": 7, "rope_parameters": SCALED, "query_pre_attn_scalar": 12}
     folder = adaptive_folder(tmp_path, "gemma3", ffn={0: HALF}, attention={5: (1,), 6: (0, 2)}, **options)
-    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
-    assert done.agreement is not None
-    assert done.agreement.share >= least_share("gemma3")
-    assert abs(done.agreement.divergence) < EXACT
+    done = same_in_llama_cpp(folder, tmp_path / "out.gguf", least_share("gemma3"))
     rows = list(range(3, 40))
     with LlamaCpp(done.path, context=64, exact=True) as exact, LlamaCpp(done.path, context=64) as usual:
         # keys and values in float16: those are 2^-10 of the model's, and still keep their precision
@@ -141,9 +128,7 @@ def test_windows_of_layers_that_differ_compute_the_same_in_llama_cpp(tmp_path: P
 
 def test_the_last_layer_may_lose_its_ffn(tmp_path: Path) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={2: EMPTY}, attention={0: (1,)})
-    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
-    assert done.agreement is not None
-    assert done.agreement.share == 1.0
+    done = same_in_llama_cpp(folder, tmp_path / "out.gguf")
     with LlamaCpp(done.path, context=64) as runtime:  # a prompt of which only the last position is asked for
         whole = runtime.logits([5, 6, 7, 8])
         np.testing.assert_allclose(runtime.feed([5, 6, 7, 8]), whole[-1:], rtol=1e-4, atol=1e-4)
@@ -151,10 +136,7 @@ def test_the_last_layer_may_lose_its_ffn(tmp_path: Path) -> None:
 
 def test_layers_pruned_alike_are_a_stock_architecture_even_in_the_adaptive_layout(tmp_path: Path) -> None:
     folder = adaptive_folder(tmp_path, "qwen3", ffn=dict.fromkeys(range(2), HALF), attention={})
-    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
-    assert done.architecture == "qwen3"
-    assert done.agreement is not None
-    assert done.agreement.share == 1.0
+    assert same_in_llama_cpp(folder, tmp_path / "out.gguf").architecture == "qwen3"
 
 
 @pytest.mark.parametrize("role", ["ffn", "attention"])
@@ -191,10 +173,7 @@ def test_added_biases_compute_the_same_in_llama_cpp(tmp_path: Path, name: str, r
     model = saap.prune(family_folder(tmp_path / "model", name), **options).model
     added = ("mlp.down_proj.bias", "self_attn.o_proj.bias")
     assert any(key.endswith(added) for key in model.state_dict())
-    done = export_gguf(tmp_path / "out", tmp_path / "out.gguf", quantization="f32")
-    assert done.agreement is not None
-    assert done.agreement.share == 1.0
-    assert abs(done.agreement.divergence) < EXACT
+    done = same_in_llama_cpp(tmp_path / "out", tmp_path / "out.gguf")
     assert any("bias" in tensor.name for tensor in gguf.GGUFReader(done.path).tensors)
 
 
@@ -253,11 +232,7 @@ def test_scaled_rotary_embeddings_compute_the_same_in_llama_cpp(tmp_path: Path, 
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
     if kind == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-    folder = family_folder(tmp_path / "model", "llama", rope_parameters=rope)
-    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
-    assert done.agreement is not None
-    assert done.agreement.share == 1.0
-    assert abs(done.agreement.divergence) < EXACT
+    same_in_llama_cpp(family_folder(tmp_path / "model", "llama", rope_parameters=rope), tmp_path / "out.gguf")
 
 
 # Refusals: one sentence, before anything is written.
@@ -360,9 +335,7 @@ def test_stored_rotary_frequencies_are_left_out(tmp_path: Path) -> None:
     for layer in range(2):
         tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
-    assert done.agreement is not None
-    assert done.agreement.share == 1.0
+    same_in_llama_cpp(folder, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("emptied", [{"merges": []}, {"merges": [], "vocab": {}}])

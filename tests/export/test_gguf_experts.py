@@ -7,11 +7,7 @@ from typing import Any
 
 import gguf
 import pytest
-import torch
-import transformers
-from tests.export.gguf_models import ROWS
-from tests.families import randomised
-from tests.pipeline import tiny
+from tests.export.gguf_models import family_folder, family_model, same_in_llama_cpp
 
 import saap
 from saap.core.errors import ExportError
@@ -21,67 +17,49 @@ from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.pipeline.export.run import export_gguf
 from saap.settings.export import GgufType
 
-_TOKENS = {"vocab_size": ROWS, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 64}
-_GQA = {
-    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3,
-    "intermediate_size": 80, **_TOKENS,
-}  # fmt: skip
-_WIDE = {**_GQA, "head_dim": 12}
-_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _SMALL = {"moe_intermediate_size": 40, "num_experts_per_tok": 2}
-_SHARED = {"shared_expert_intermediate_size": 64, "num_experts": 4}
-_LATENT = {
-    **_GQA, **_SMALL, "num_key_value_heads": 6, "q_lora_rank": 14, "kv_lora_rank": 20, "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8, "v_head_dim": 10, "first_k_dense_replace": 1, "n_routed_experts": 4,
-}  # fmt: skip
+_ONE_GROUP = {"n_routed_experts": 4, "n_group": 1}
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7, "beta_fast": 32.0,
     "beta_slow": 1.0, "original_max_position_embeddings": 16,
 }  # fmt: skip
 # llama.cpp rounds the ends of yarn's ramp, which transformers does not for this family; hence without yarn.
-_PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-_SINKS = {**_GQA, **_LOCAL, **_PLAIN, "head_dim": 16, "sliding_window": 8}
+_SINKS = {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 _GRANITE = {
     "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_scaling": 2.0,
 }  # fmt: skip
+_GLM4 = {**_ONE_GROUP, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 1.5}
+_LATENT = {**_ONE_GROUP, "topk_method": "greedy"}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "mixtral": ("llama", "MixtralConfig", {**_WIDE, **_LOCAL}),
-    "qwen2_moe": ("qwen2moe", "Qwen2MoeConfig", {**_GQA, **_SMALL, **_SHARED}),
-    "qwen3_moe": ("qwen3moe", "Qwen3MoeConfig", {**_WIDE, **_SMALL, "num_experts": 4, "norm_topk_prob": True}),
-    "olmoe": ("olmoe", "OlmoeConfig", {**_GQA, "num_key_value_heads": 6, "num_experts": 4, "num_experts_per_tok": 2}),
-    "granitemoe": ("granitemoe", "GraniteMoeConfig", {**_GQA, **_LOCAL, **_GRANITE}),
-    "hunyuan": ("hunyuan-moe", "HunYuanMoEV1Config", {**_WIDE, **_SMALL, "num_experts": 4, "moe_topk": 2}),
-    "glm4_moe": ("glm4moe", "Glm4MoeConfig", {
-        **_WIDE, **_SMALL, "n_routed_experts": 4, "first_k_dense_replace": 1, "attention_bias": True,
-        "use_qk_norm": True, "routed_scaling_factor": 1.5,
-    }),
-    "deepseek_v2": ("deepseek2", "DeepseekV2Config", {**_LATENT, "routed_scaling_factor": 1.5}),
-    "deepseek_v2_yarn": ("deepseek2", "DeepseekV2Config", {**_LATENT, "rope_parameters": _YARN}),
-    "deepseek_v3": ("deepseek2", "DeepseekV3Config", {**_LATENT, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}),
-    "gpt_oss": ("gpt-oss", "GptOssConfig", _SINKS),
-}  # fmt: skip
+    "mixtral": ("llama", "mixtral", {}),
+    "qwen2_moe": ("qwen2moe", "qwen2_moe", {}),
+    "qwen3_moe": ("qwen3moe", "qwen3_moe", {"norm_topk_prob": True}),
+    "olmoe": ("olmoe", "olmoe", {"num_key_value_heads": 6}),
+    "granitemoe": ("granitemoe", "granitemoe", _GRANITE),
+    "hunyuan": ("hunyuan-moe", "hunyuan_v1_moe", _SMALL),
+    "glm4_moe": ("glm4moe", "glm4_moe", _GLM4),
+    "deepseek_v2": ("deepseek2", "deepseek_v2", {**_LATENT, "routed_scaling_factor": 1.5}),
+    "deepseek_v2_yarn": ("deepseek2", "deepseek_v2", {**_LATENT, "rope_parameters": _YARN}),
+    "deepseek_v3": ("deepseek2", "deepseek_v3_moe", {"n_group": 4, "topk_group": 2}),
+    "gpt_oss": ("gpt-oss", "gpt_oss", _SINKS),
+}
+"""Architecture in llama.cpp, family of `tests.families`, and what is other than there."""
 
 
 def model_of(name: str, **changes: Any) -> Any:
-    _, kind, sizes = MODELS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, kind)(**{**sizes, **changes})
-    return randomised(transformers.AutoModelForCausalLM.from_config(config)).float()
+    _, family, own = MODELS[name]
+    return family_model(family, **{**own, **changes})
 
 
 def folder_of(at: Path, name: str, **changes: Any) -> Path:
-    model_of(name, **changes).save_pretrained(at)
-    tiny.tokenizer().save_pretrained(at)
-    return at
+    _, family, own = MODELS[name]
+    return family_folder(at, family, **{**own, **changes})
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_they_compute_the_same_in_llama_cpp(tmp_path: Path, name: str) -> None:
-    done = export_gguf(folder_of(tmp_path / "model", name), tmp_path / "out.gguf", quantization="f32")
+    done = same_in_llama_cpp(folder_of(tmp_path / "model", name), tmp_path / "out.gguf")
     assert done.architecture == MODELS[name][0]
-    assert done.agreement is not None
-    assert done.agreement.share == 1.0
-    assert abs(done.agreement.divergence) < 1e-6
 
 
 OPTIONS: dict[str, Any] = {
@@ -94,9 +72,7 @@ OPTIONS: dict[str, Any] = {
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_so_do_those_with_fewer_or_smaller_experts(tmp_path: Path, name: str, role: str) -> None:
     saap.prune(folder_of(tmp_path / "model", name), out=tmp_path / "small", roles=(role,), **OPTIONS)
-    done = export_gguf(tmp_path / "small", tmp_path / "out.gguf", quantization="f32")
-    assert done.agreement is not None
-    assert done.agreement.share == 1.0
+    done = same_in_llama_cpp(tmp_path / "small", tmp_path / "out.gguf")
     fields = gguf.GGUFReader(done.path).fields
     found = [fields[f"{done.architecture}.{key}"].contents() for key in ("expert_count", "expert_feed_forward_length")]
     dense = [4, model_of(name).model.layers[0].mlp.experts.down_proj.shape[-1]]
