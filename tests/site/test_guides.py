@@ -10,11 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tests.export.gguf_models import family_folder
 from tests.pipeline import tiny
 
+from saap.models.loading.pretrained import load
+
 ROOT = Path(__file__).resolve().parents[2]
-GUIDES = ("new-importance", "new-strategy", "new-method")
+GUIDES = ("new-importance", "new-strategy", "new-method", "new-export-format")
 ADDED = {"importance": ("roots", "token-change"), "strategy": ("deep",), "method": ("mean-input",)}
 BLOCK = re.compile(r'^```python title="(src/[\w/]+\.py)(?:: (\w+))?"\n(.*?)^```', re.DOTALL | re.MULTILINE)
 SCRIPT = """
@@ -65,11 +69,15 @@ def extended(tmp_path_factory) -> Path:
     return folder
 
 
+def run(package: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """What becomes of a Python that finds this package."""
+    environment = {**os.environ, "PYTHONPATH": str(package), "COLUMNS": "200"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=package)
+
+
 def test_every_example_prunes_a_model(extended, tmp_path) -> None:
-    source = tiny.folder(tmp_path / "dense")
-    call = [sys.executable, "-c", SCRIPT, str(source), json.dumps(ADDED)]
-    environment = {**os.environ, "PYTHONPATH": str(extended)}
-    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment, cwd=extended)
+    done = run(extended, "-c", SCRIPT, tiny.folder(tmp_path / "dense"), json.dumps(ADDED))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     for kind, names in ADDED.items():
@@ -82,9 +90,25 @@ def test_every_example_prunes_a_model(extended, tmp_path) -> None:
 
 def test_names_are_known_without_torch(extended) -> None:
     script = "import sys; from saap.settings.registry import Importance; print([*Importance], 'torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(extended)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment, cwd=extended
-    )
+    done = run(extended, "-c", script)
     assert "token-change" in done.stdout
     assert done.stdout.strip().endswith("False")
+
+
+def test_the_format_writes_a_file(extended, tmp_path) -> None:
+    folder = family_folder(tmp_path / "model", "llama")
+    done = run(extended, "-m", "saap", "export", folder, "--format", "npz", "--out", tmp_path / "out.npz")
+    assert done.returncode == 0, done.stderr
+    assert "open it with numpy.load" in done.stdout
+    weights = load(folder, device="cpu").state_dict()
+    with np.load(tmp_path / "out.npz") as stored:
+        assert set(stored) == set(weights)
+        np.testing.assert_array_equal(stored["model.norm.weight"], weights["model.norm.weight"].numpy())
+
+
+def test_help_and_refusals_know_the_format(extended, tmp_path) -> None:
+    said = run(extended, "-m", "saap", "export", "--help").stdout
+    assert "npz, the weights as a NumPy archive" in " ".join(said.split())
+    refused = run(extended, "-m", "saap", "export", tmp_path, "--format", "npy", "--out", tmp_path / "out")
+    assert refused.returncode == 2
+    assert "npz" in refused.stderr.splitlines()[-1]
