@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder
 from tests.pipeline import tiny
 
 import saap
-from saap.core.errors import ConfigurationError, SaapError, TargetError
+from saap.core.errors import SaapError, TargetError
 from saap.core.manifest import RunManifest
 from saap.evaluation.speed import Runtime, Speed
 from saap.pipeline.evaluate import speed
@@ -198,46 +197,3 @@ def test_the_table_shows_the_base_of_a_pruned_folder(
     assert code == 0
     assert str(source) in out
     assert "speed-up" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "offender"),
-    [
-        (["--speed", "--runtime", "onnx"], "'onnx'"),
-        (["--speed", "--gguf-type", "q8_0"], "--gguf-type is of files for llama.cpp"),
-        (["--perplexity", "bundled", "--runtime", "llama.cpp"], "Add --speed"),
-        (["--speed", "--against", "nowhere/at/all"], "nowhere/at/all"),
-        (["--speed", "--against", "smollm2", "--dense", "smollm2"], "--dense and --against mean the same flag"),
-    ],
-)
-def test_refusals(capsys: pytest.CaptureFixture[str], source: Path, arguments: list[str], offender: str) -> None:
-    code, _, error = run(capsys, "eval", source, *arguments)
-    assert code == 2
-    assert offender in error.strip().splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "offender"),
-    [
-        (["--target-speedup", "1.3", "--pruning-ratio", "0.2"], "--pruning-ratio and --target-speedup"),
-        (["--target-speedup", "1"], "--target-speedup 1 is out of range"),
-        (["--target-speedup", "inf"], "out of range"),
-        (["--target-speedup", "1.3", "--roles", "ffn,hidden"], "the role hidden"),
-        (["--target-speedup", "1.3", "--runtime", "onnx"], "'onnx'"),
-        (["--pruning-ratio", "0.2", "--runtime", "llama.cpp"], "Add --target-speedup"),
-    ],
-)
-def test_refusals_of_prune(
-    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, arguments: list[str], offender: str
-) -> None:
-    code, _, error = run(capsys, "prune", source, "--out", tmp_path / "out", *arguments)
-    assert code == 2
-    assert offender in error.strip().splitlines()[-1]
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("llama_cpp") else name)
-    with pytest.raises(SaapError, match=r"llama-cpp-py-sync.*saap\[gguf\]"):
-        RuntimeName.LLAMA_CPP.check()
-    with pytest.raises(ConfigurationError, match="--rounds 0"):
-        speed.SpeedSettings(rounds=0)
