@@ -111,7 +111,10 @@ VLLM_REFUSES = {
 def test_vllm_is_refused_what_it_would_compute_wrongly(tmp_path: Path, name: str) -> None:
     """vLLM builds the class without a head with its own attention, which stock transformers does not know."""
     ffn = {0: tuple(range(40))} if name == "mixtral" else FFN
-    config = AutoConfig.from_pretrained(adaptive_folder(tmp_path, name, ffn=ffn, attention={1: (0, 2)}))
+    folder = adaptive_folder(tmp_path, name, ffn=ffn, attention={1: (0, 2)})
+    said = VLLM_REFUSES.get(name, "vllm serve PATH --model-impl transformers --trust-remote-code")
+    assert said in (folder / "README.md").read_text().replace("\\", "")
+    config = AutoConfig.from_pretrained(folder)
     config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match=VLLM_REFUSES.get(name, "attn_implementation|vllm")) as caught:
         AutoModel.from_config(config)

@@ -16,20 +16,6 @@ from saap.export.huggingface import write_records
 HALF = tuple(range(0, 80, 2))
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("llama", "vllm serve PATH --model-impl transformers --trust-remote-code"),
-        ("gpt2", "vLLM cannot run this folder: its Transformers backend does not load the weights of gpt2"),
-        ("opt", "vLLM cannot run this folder: the configuration of opt has no field for fewer attention units"),
-        ("bloom", "vLLM cannot run this folder: the class of bloom in transformers has only its own attention"),
-    ],
-)
-def test_the_card_says_whether_vllm_runs_the_folder(tmp_path: Path, name: str, said: str) -> None:
-    folder = adaptive_folder(tmp_path, name, ffn={0: HALF}, attention={1: (0, 2)})
-    assert said in (folder / "README.md").read_text().replace("\\", "")
-
-
 def test_the_card_says_the_manifest_as_plain_text(tmp_path: Path) -> None:
     evil = '"><img src=q onerror=alert(1)>\n# A heading\n[a](javascript:b)'
     folder = adaptive_folder(tmp_path, "llama", ffn={0: HALF}, attention={})
