@@ -23,11 +23,10 @@ frame.addEventListener("load", () => {
   const found = {
     overflow: root.scrollWidth - root.clientWidth,
     charts: [...document_.querySelectorAll("figure svg")].map((svg) => svg.getBoundingClientRect().height),
-    headings: document_.querySelectorAll("h2").length,
     unlabelled: [...document_.querySelectorAll("svg[role=img]")].filter(
       (svg) => !document_.getElementById(svg.getAttribute("aria-labelledby"))?.textContent).length,
     resources: frame.contentWindow.performance.getEntriesByType("resource").length,
-    extra: (%(script)s)(document_, frame.contentWindow),
+    extra: (%(script)s)(document_),
   };
   const shown = document.createElement("pre");
   shown.id = "found";
@@ -38,31 +37,18 @@ frame.addEventListener("load", () => {
 """
 
 
-def _chromium(*arguments: str, profile: Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-        f"--user-data-dir={profile}", "--virtual-time-budget=4000", *arguments,
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-
-
 def look(page: Path, width: int, folder: Path, script: str = "() => null") -> dict:
     """What a browser window of `width` pixels makes of the page, and `console`, the lines of its error console."""
     content = html.escape(page.read_text(encoding="utf-8"), quote=True)
     probe = folder / f"probe-{width}.html"
     probe.write_text(_PROBE % {"width": width, "page": content, "script": script}, encoding="utf-8")
-    done = _chromium("--dump-dom", "--window-size=1400,1000", probe.as_uri(), profile=folder / "profile")
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+        f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000", "--dump-dom", "--window-size=1400,1000",
+        probe.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     shown = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert shown, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return {**json.loads(html.unescape(shown[1])), "console": console}
-
-
-def screenshot(page: Path, width: int, height: int, image: Path, folder: Path) -> None:
-    """A picture of the page at `width` pixels."""
-    content = html.escape(page.read_text(encoding="utf-8"), quote=True)
-    frame = folder / f"frame-{width}.html"
-    style = f"width:{width}px;height:{height}px;border:0"
-    frame.write_text(f'<!doctype html><body style="margin:0"><iframe style="{style}" srcdoc="{content}"></iframe>')
-    size = f"--window-size={max(width, 500)},{height}"
-    _chromium(f"--screenshot={image}", size, frame.as_uri(), profile=folder / "profile")

@@ -43,10 +43,6 @@ def dense(name: str) -> tuple[Any, ModelGraph]:
     return model, discover(model, finer_heads=True)
 
 
-def group_of(graph: ModelGraph, role: Role, layer: int) -> CoupledGroup:
-    return next(group for group in graph.of_role(role) if group.layer == layer)
-
-
 def every_second(group: CoupledGroup) -> tuple[int, ...]:
     return tuple(range(expert_of(group) % 2, group.units, 2)) if group.units > 2 else (group.units - 1,)
 
