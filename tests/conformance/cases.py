@@ -127,8 +127,9 @@ def difference(first: Tensor, second: Tensor) -> float:
 
 
 def write(model: Any, graph: ModelGraph, plan: StructurePlan, structure: PrunedStructure, out: Path) -> Path:
+    """A folder of the cut model in its own type."""
     parts = CheckpointParts(graph=graph, plan=plan, structure=structure, manifest=manifest(plan.layout))
-    return write_checkpoint(model, parts, out, dtype=torch.float64)
+    return write_checkpoint(model, parts, out, dtype=next(model.parameters()).dtype)
 
 
 def opened(folder: Path) -> Any:

@@ -14,12 +14,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tests.conformance.cases import CASES, Case, Keep, cut_copy, fits, manifest, mixed, plain
+from tests.conformance.cases import CASES, Case, Keep, cut_copy, fits, mixed, plain, write
 from tests.families import EVERY, FAMILIES
 
 from saap.core.errors import PlanError
 from saap.core.records import ModelGraph, Role
-from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.models.loading.pretrained import load
 
 PYTHON = "SAAP_MLX_PYTHON"
@@ -71,8 +70,7 @@ def pruned_folder(family: str, case: Case, out: Path) -> Path | None:
             pruned, graph, plan, structure = cut_copy(name, case)
         except PlanError:
             return None
-    parts = CheckpointParts(graph=graph, plan=plan, structure=structure, manifest=manifest(plan.layout))
-    return write_checkpoint(pruned.float(), parts, out, dtype=torch.float32)
+    return write(pruned.float(), graph, plan, structure, out)
 
 
 def channels(graph: ModelGraph) -> Keep:

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conformance.cases import write
 from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder
 from tests.export.llama import plan_of
-from tests.export.test_checkpoint import manifest
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import saap.auto  # noqa: F401
 from saap.core.records import Role
 from saap.discovery import discover
-from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.models.loading.pretrained import load
 from saap.surgery.cut import cut
 
@@ -36,8 +35,7 @@ def pruned(folder: Path, out: Path, keep: dict[int, dict[Role, int]], dropped: t
     plan = plan_of(
         graph, {group.name: tuple(range(keep[group.layer][group.role])) for group in groups}, dropped=dropped
     )
-    parts = CheckpointParts(graph=graph, plan=plan, structure=cut(model, graph, plan), manifest=manifest())
-    return write_checkpoint(model, parts, out, dtype=torch.float32)
+    return write(model, graph, plan, cut(model, graph, plan), out)
 
 
 def test_the_configuration_has_the_sizes_of_every_layer_that_differs(tmp_path: Path) -> None:

@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.conformance.cases import Case, plan_for, uniform_keep
+from tests.conformance.cases import Case, plan_for, uniform_keep, write
 from tests.export.gguf_models import adaptive_folder, family_model
-from tests.export.test_checkpoint import manifest
 from tests.export.test_tokenizers import READER as TOKENIZER_READER
 from tests.export.test_tokenizers import TEXT, every_kind
 
 from saap.core.records import Layout, Role
 from saap.discovery import discover
-from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.models.loading.pretrained import load
 from saap.surgery.cut import cut
 
@@ -64,10 +62,7 @@ def uniform_folder(at: Path, name: str, **changes: Any) -> Path:
     graph = discover(model)
     keep = uniform_keep(graph, Role.FFN)
     plan = plan_for(graph, Case("uniform", lambda _: keep), Layout.UNIFORM)
-    parts = CheckpointParts(
-        graph=graph, plan=plan, structure=cut(model, graph, plan), manifest=manifest(Layout.UNIFORM)
-    )
-    return write_checkpoint(model, parts, at / "out", dtype=torch.float32)
+    return write(model, graph, plan, cut(model, graph, plan), at / "out")
 
 
 def test_both_layouts_open_in_an_older_version(tmp_path: Path, older: dict[str, str]) -> None:

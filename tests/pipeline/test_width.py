@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tests.export.gguf_models import family_folder
 from tests.export.llama import plan_of
-from tests.families import FAMILIES, build, token_ids
-from tests.pipeline import tiny
+from tests.families import build, token_ids
 
 import saap
 from saap.core.errors import TargetError
@@ -25,17 +25,6 @@ SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1
 TOKENS = torch.arange(2, 42).reshape(2, 20)
 
 
-def folder(at: Path, family: str, **changes: int) -> Path:
-    """The family's tiny model in float32 with a tokenizer."""
-    torch.manual_seed(0)
-    kind, sizes = FAMILIES[family]
-    sizes = {**sizes, **changes}
-    config = getattr(transformers, kind)(**{**sizes, "vocab_size": tiny.VOCABULARY, "max_position_embeddings": 1024})
-    transformers.AutoModelForCausalLM.from_config(config).eval().save_pretrained(at)
-    tiny.tokenizer().save_pretrained(at)
-    return at
-
-
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(TOKENS).logits
@@ -43,7 +32,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma", "mixtral"])
 def test_width_and_ffn_together_are_written_and_opened(family: str, tmp_path: Path) -> None:
-    source = folder(tmp_path / "dense", family)
+    source = family_folder(tmp_path / "dense", family, max_position_embeddings=1024)
     out = tmp_path / "small"
     result = saap.prune(source, pruning_ratio=0.3, out=out, roles=["hidden", "ffn"], strategy="uniform", **SETTINGS)
     roles = {Role.HIDDEN if name == "hidden" else Role.FFN for name in result.plan.keep}
@@ -57,7 +46,7 @@ def test_width_and_ffn_together_are_written_and_opened(family: str, tmp_path: Pa
 
 @pytest.mark.parametrize("layout", ["adaptive", "uniform"])
 def test_all_roles_together_leave_embeddings_tied(layout: str, tmp_path: Path) -> None:
-    source = folder(tmp_path / "dense", "llama_tied", num_hidden_layers=4)
+    source = family_folder(tmp_path / "dense", "llama_tied", max_position_embeddings=1024, num_hidden_layers=4)
     out = tmp_path / "small"
     result = saap.prune(
         source, pruning_ratio=0.7, out=out, layout=layout, roles=["hidden", "block", "ffn", "attention"],
@@ -107,7 +96,7 @@ def test_the_judge_sees_the_narrower_stream_as_the_cut_leaves_it(family: str) ->
 
 @pytest.mark.parametrize(("family", "norm"), [("gpt2", "ln_1"), ("opt", "self_attn_layer_norm")])
 def test_layer_norms_refuse_the_width_by_name(family: str, norm: str, tmp_path: Path) -> None:
-    source = folder(tmp_path / "dense", family)
+    source = family_folder(tmp_path / "dense", family, max_position_embeddings=1024)
     with pytest.raises(TargetError, match=rf"no hidden groups can be pruned.*layer_norm in .*{norm} is a statistic"):
         saap.prune(source, pruning_ratio=0.2, out=tmp_path / "small", roles=["hidden"], **SETTINGS)
     assert not (tmp_path / "small").exists()
