@@ -279,27 +279,6 @@ def test_other_settings_do_not_take_up_a_training(dense: Path, text: Path, tmp_p
         saap.recover(dense, data=[text], out=tmp_path / "b", work_dir=work, **{**QUICK, "rank": 2})
 
 
-def test_refusal_on_the_command_line(dense: Path, tmp_path: Path) -> None:
-    done = processes.saap("recover", dense, "--out", tmp_path / "a", "--bits", "5")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --bits 5 is not possible. Use 2, 3, 4, 8.\n"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--recover-minutes", "1"], "--recover-minutes tunes nothing"),
-        (["--recover", "nothing-here.txt"], "nothing-here.txt is neither a file nor a known text"),
-        (["--recover", "speeches", "--align", "8"], "--align 8 leads to sizes that groups of 32 do not divide"),
-    ],
-)
-def test_prune_refuses_before_it_prunes(dense: Path, tmp_path: Path, flags: list[str], message: str) -> None:
-    done = processes.saap("prune", dense, "--pruning-ratio", "0.2", "--out", tmp_path / "small", *flags)
-    assert (done.returncode, done.stdout.strip()) == (2, "")
-    assert done.stderr.startswith(f"error: {message}")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_two_processes_give_the_losses_of_one(dense: Path, text: Path, tmp_path: Path) -> None:
     flags = ["--data", text, *FLAGS, "--device", "cpu", "--teacher", dense]
     curves = {}
