@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.export.gguf_models import family_folder
 from tests.export.test_gguf_experts import folder_of
-from tests.pipeline.test_experts import Noted
+from tests.noted import Noted
 from tests.published import publish_fp8, publish_mxfp4
 from torch import Tensor
 

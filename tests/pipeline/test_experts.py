@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.export.llama import plan_of
+from tests.noted import Noted
 from tests.pipeline import tiny
 from tests.processes import saap as saap_in_one
 from tests.processes import saap_in_several
@@ -27,21 +28,12 @@ from saap.core.errors import ConfigurationError, PlanError, TargetError, Unsuppo
 from saap.core.storage import PlanDocument
 from saap.pipeline.prune import planning
 from saap.pipeline.prune.run import RunOptions, run_prune
-from saap.pipeline.shared.progress import Silent
 from saap.settings.prune import PruneConfig
 from saap.surgery import merging
 from saap.surgery.cut import cut
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 TOKENS = torch.arange(2, 42).reshape(2, 20)
-
-
-class Noted(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import command
+from tests.noted import Noted
 from tests.pipeline import tiny
-from tests.pipeline.test_experts import Noted, mixture
+from tests.pipeline.test_experts import mixture
 
 import saap
 from saap.core.errors import ConfigurationError, PlanError, StaleInputError

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.noted import Noted
 from tests.pipeline import tiny
 
 import saap
@@ -16,7 +17,6 @@ from saap.core.errors import ConfigurationError, GroupSizeError, OutputError, Ve
 from saap.core.manifest import Opening, RunManifest, read_manifest
 from saap.export.huggingface import write_records
 from saap.pipeline.recover import run as recovery_run
-from saap.pipeline.shared.progress import Silent
 from saap.recovery.train import Trainer, Training
 
 QUICK: dict[str, Any] = {
@@ -87,16 +87,8 @@ def failing_in(step: int) -> Iterator[None]:
         yield
 
 
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def test_a_training_resumes_with_settings_that_take_less_memory(dense: Path, text: Path, tmp_path: Path) -> None:
-    out, notes = tmp_path / "tuned", Notes()
+    out, notes = tmp_path / "tuned", Noted()
     with failing_in(2), pytest.raises(torch.OutOfMemoryError):
         saap.recover(dense, data=[text], out=out, micro_batch_size=2, gradient_checkpointing=False, **QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["tuned.saap-work"]
@@ -143,7 +135,7 @@ def test_a_folder_that_differs_from_memory_is_not_put_in_its_place(
         with pytest.raises(VerificationError, match="--dtype float32"):
             saap.recover(dense, dtype="bfloat16", **full)
     assert not (tmp_path / "tuned").exists()
-    notes = Notes()
+    notes = Noted()
     saap.recover(dense, dtype="float32", reporter=notes, **full)
     assert "resuming after step 2" in notes.notes
 

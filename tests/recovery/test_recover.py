@@ -12,6 +12,7 @@ from safetensors import safe_open
 from tests import processes
 from tests.command import run
 from tests.data.byte_tokenizer import byte_tokenizer
+from tests.noted import Noted
 from tests.pipeline import tiny
 from tests.recovery.tiny import blocks, build
 from torch import nn
@@ -40,7 +41,6 @@ from saap.pipeline.recover import run as recovery_run
 from saap.pipeline.recover.context import check_processes, known_kinds
 from saap.pipeline.recover.forecast import share_after
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.progress import Silent
 from saap.pipeline.shared.tokens import evaluation_sets
 from saap.recovery.quantise import quantise
 from saap.settings.recover import RecoverConfig, Tuning
@@ -216,14 +216,9 @@ def test_without_the_dense_model_the_text_alone_teaches(text: Path, tmp_path: Pa
     dense.rename(tmp_path / "gone")
     with pytest.raises(ConfigurationError, match=r"--distillation has no teacher.*--dense"):
         saap.recover(small, data=[text], out=tmp_path / "tuned", distillation=0.5, **QUICK)
-    notes: list[str] = []
-
-    class Notes(Silent):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    result = saap.recover(small, data=[text], out=tmp_path / "tuned", reporter=Notes(), **QUICK)
-    assert "no distillation from the dense model: The folder" in notes[0]
+    noted = Noted()
+    result = saap.recover(small, data=[text], out=tmp_path / "tuned", reporter=noted, **QUICK)
+    assert "no distillation from the dense model: The folder" in noted.notes[0]
     manifest = RunManifest.model_validate_json((tmp_path / "tuned" / "saap" / "manifest.json").read_bytes())
     assert manifest.recovery is not None
     assert (manifest.recovery.settings["teacher"], manifest.recovery.settings["distillation"]) == (None, 0)
