@@ -55,8 +55,8 @@ gpu: .venv/.ready-dev ## what only an accelerator can show (20 minutes on one ca
 vllm: .venv/.ready-dev .vllm/.ready ## serve a pruned real model with vLLM and compare it with transformers (10 minutes)
 	$(BIN)/python scripts/serve_in_vllm.py
 
-.vllm/.ready: scripts/setup_vllm.py scripts/setup_environment.py .venv/.ready-dev
-	$(BIN)/python scripts/setup_vllm.py
+.vllm/.ready: scripts/setup_environment.py .venv/.ready-dev
+	$(BIN)/python scripts/setup_environment.py --vllm
 	@touch $@
 
 release: .venv/.ready-dev ## build sdist and wheel in dist/; try both in new environments, of PYTHONS="python3.12 ..." too

