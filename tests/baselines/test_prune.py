@@ -8,7 +8,6 @@ from tests.pipeline import tiny
 
 import saap
 from saap.baselines import activations
-from saap.core.errors import ConfigurationError
 from saap.evaluation.perplexity import model_logits
 from saap.pipeline.prune.run import RunOptions, run_prune
 from saap.settings.prune import PruneConfig
@@ -59,13 +58,6 @@ def test_several_results_share_one_pass_over_the_text(source, monkeypatch) -> No
     results = run_prune(source, config, RunOptions(device="cpu"))
     assert len(passes) == 1
     assert all(any(name.endswith(".bias") for name, _ in one.model.named_parameters()) for one in results)
-
-
-def test_refusals(source) -> None:
-    with pytest.raises(ConfigurationError, match="rules of its own"):
-        saap.prune(source, pruning_ratio=0.2, method="flap", strategy="uniform", **SETTINGS)
-    with pytest.raises(ConfigurationError, match="adds biases"):
-        saap.prune(source, pruning_ratio=0.2, method="flap", layout="uniform", **SETTINGS)
 
 
 def test_a_pruned_model_with_biases_can_be_pruned_again(source, tmp_path) -> None:

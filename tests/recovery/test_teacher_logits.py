@@ -135,29 +135,6 @@ def test_two_processes_give_the_losses_of_one(small: Path, text: Path, tmp_path:
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--teacher-logits", "logits"], "--teacher-logits needs a limit"),
-        (["--teacher-logits", "logits", "--max-minutes", "1"], "--teacher-logits needs a limit"),
-        (["--teacher-logits", "logits", "--max-steps", "2", "--distillation", "0"], "--distillation 0 reads no"),
-        (
-            ["--teacher-logits", "logits", "--max-steps", "2", "--on-policy", "0.5"],
-            "--teacher-logits cannot be combined",
-        ),
-        (["--teacher-top-k", "8", "--max-steps", "2"], "--teacher-top-k has no effect"),
-        (["--teacher-logits", "logits", "--max-steps", "2", "--dry-run"], "--dry-run does not write --teacher-logits"),
-    ],
-)
-def test_what_cannot_be_stored_is_refused(
-    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    code, printed, error = run(capsys, "recover", dense, "--data", text, "--out", tmp_path / "tuned", *flags)
-    assert (code, printed.strip()) == (2, "")
-    assert error.startswith(f"error: {message}")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_model_without_a_teacher_stores_nothing(
     dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

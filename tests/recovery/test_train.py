@@ -11,7 +11,7 @@ from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from tests.families import token_ids
 from tests.recovery.tiny import blocks, build
 
-from saap.core.errors import ConfigurationError, NonFiniteLossError, StaleInputError, TrainingDataError
+from saap.core.errors import NonFiniteLossError, StaleInputError, TrainingDataError
 from saap.data.training import Example, TrainingData, training_data
 from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linear
 from saap.models.structure.linear import weight_out_in
@@ -415,21 +415,6 @@ def test_too_little_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 10)
     with pytest.raises(TrainingDataError, match="1 examples of 64 tokens"):
         training_data([tmp_path / "a.txt"], byte_tokenizer(), length=64, held_out=1, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"bits": 5}, "--bits 5"), ({"group_size": 24}, "--group-size 24"), ({"rank": 0}, "--rank 0"),
-        ({"learning_rate": -1.0}, "--learning-rate"),
-        ({"error_feedback": True, "tuning": "lora"}, "--error-feedback"),
-        ({"bits": 4, "scales": True, "tuning": "lora"}, "no quantised layers for --bits and --scales"),
-        ({"rank": 16, "tuning": "full"}, "no adapters for --rank"),
-    ],
-)  # fmt: skip
-def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        RecoverConfig(**changes)
 
 
 @pytest.mark.parametrize(
