@@ -104,7 +104,9 @@ FLAGS: list[Case] = [
     ((*RECOVER, "--out", "MODEL", "--overwrite"), "would replace the model"),
     *[((*command, "--out", "TMP/w", "--work-dir", "TMP/w/work"), "which the result replaces")
       for command in ((*PRUNE, *RATIO), RECOVER)],
-    ((*PRUNE, *RATIO, "--out", "."), "exists"),
+    ((*PRUNE, *RATIO, "--out", "."), "contains something that is not a model"),
+    ((*PRUNE, *RATIO, "--max-memory", "8"), "--max-memory 8 is not a number with a unit"),
+    ((*PRUNE, *RATIO, "--calibration", "MODEL/config.json"), "config.json is not a supported kind of text file"),
     ((*PRUNE, "--plan", "plan.json", "--skip-layers", "first:1"), "a given --plan is not changed by --skip-layers"),
     ((*PRUNE, *RATIO, "--revision", "v2"), "where a revision (v2) selects nothing"),
     (("prune", "~nobody-at-all/model", *RATIO, "--out", "OUT"), "~nobody-at-all/model"),
@@ -200,7 +202,7 @@ FLAGS: list[Case] = [
     (("inspect", "no-such/model!"), "no-such/model!"),
     (("inspect", "TMP"), "no config.json"),
     (("demo", "--effort", "huge"), "'huge'"),
-    (("demo", "-o", "MODEL"), "exists. Choose another --out, or use --overwrite"),
+    (("demo", "-o", "MODEL"), "exists. Choose another -o, or use --overwrite"),
 ]  # fmt: skip
 
 

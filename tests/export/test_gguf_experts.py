@@ -113,7 +113,7 @@ def refused(tmp_path: Path, folder: Path, *offenders: str) -> None:
 def test_other_numbers_of_experts_by_layer_are_named(tmp_path: Path) -> None:
     options = {**OPTIONS, "layout": "adaptive"}
     saap.prune(folder_of(tmp_path / "model", "mixtral"), out=tmp_path / "small", roles=("expert",), **options)
-    refused(tmp_path, tmp_path / "small", "as many experts of one size in each layer", "--layout uniform")
+    refused(tmp_path, tmp_path / "small", "needs the same experts in all layers, and layer", "--layout uniform")
 
 
 @pytest.mark.parametrize(

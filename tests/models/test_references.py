@@ -156,6 +156,13 @@ def test_weights_of_another_size_are_an_error(folder: Path) -> None:
         load_model(resolve_model(folder), device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize("field", ["quantization", "quantization_config"])
+def test_weights_that_mlx_quantised_are_named(field: str, folder: Path) -> None:
+    edit_config(folder, **{field: {"bits": 4, "group_size": 64, "mode": "affine"}})
+    with pytest.raises(ModelError, match=r"are quantised for MLX\. Use the model that they were made from"):
+        resolve_model(folder)
+
+
 def test_a_quantisation_whose_method_is_no_word_is_named(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": []})
     with pytest.raises(ModelError, match=r"are quantised with \[\]\. Use the model as it was before"):

@@ -130,7 +130,7 @@ def test_a_comparison_without_tasks_takes_some_up_later_and_no_others(source, tm
 def test_rows_of_other_settings_are_not_taken_for_these(source, done) -> None:
     folder, _ = done
     config = request_for(folder).config.model_copy(update={"samples": 5})
-    with pytest.raises(StaleInputError, match="another --out"):
+    with pytest.raises(StaleInputError, match="another -o"):
         compare(source, request_for(folder, config=config), RunOptions(device="cpu"), folder / "out")
 
 
@@ -149,7 +149,7 @@ def test_rows_of_a_changed_text_are_not_taken_for_these(source, tmp_path) -> Non
         first = compare(source, wanted, RunOptions(device="cpu"), out)
         assert compare(source, wanted, RunOptions(device="cpu"), out)["rows"] == first["rows"]
         text.write_text(text.read_text()[1:])
-        with pytest.raises(StaleInputError, match="another --out"):
+        with pytest.raises(StaleInputError, match="another -o"):
             compare(source, wanted, RunOptions(device="cpu"), out)
 
 

@@ -27,6 +27,7 @@ import saap
 from saap.core.errors import ConfigurationError, PlanError, TargetError, UnsupportedModelError
 from saap.core.storage import PlanDocument
 from saap.pipeline.prune import planning
+from saap.pipeline.prune.result import structure_of
 from saap.pipeline.prune.run import RunOptions, run_prune
 from saap.settings.prune import PruneConfig
 from saap.surgery import merging
@@ -72,6 +73,14 @@ def test_experts_are_pruned_written_and_opened(source: Path, tmp_path: Path, lay
     if layout == "uniform":
         torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), logits(opened), rtol=0, atol=0)
     assert opened.generate(TOKENS[:1], max_new_tokens=4, do_sample=False).shape[1] == 24
+
+
+def test_channels_of_a_removed_expert_are_not_shown_as_kept(source: Path) -> None:
+    result = saap.prune(source, pruning_ratio=0.2, layout="uniform", roles=["expert"], restore=False, **SETTINGS)
+    shown = {part[0]: part[1:] for part in structure_of(saap.discover(source), result.plan)[0].parts}
+    left, every = shown["expert"]
+    assert left < every
+    assert shown["ffn"] == (48 * left, 48 * every)
 
 
 def test_attention_beside_experts_is_restored(source: Path, tmp_path: Path) -> None:

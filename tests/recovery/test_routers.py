@@ -21,6 +21,8 @@ from saap.core.errors import ModelError
 from saap.data.texts import evaluation_text
 from saap.models.checkpoint.groupwise import linears_inside
 from saap.models.structure.routers import find_routers
+from saap.pipeline.recover import run
+from saap.pipeline.shared.verify import few_logits
 from saap.recovery.weights import TunedWeights
 
 HELD_OUT = 2000
@@ -143,3 +145,23 @@ def test_only_router_rows_change_and_the_divergence_falls(dense: Path, tmp_path:
     assert result.report.perplexity_dense is not None
     assert divergence(tuned, dense) < divergence(small, dense)
     assert (tuned / "config.json").read_bytes() == (small / "config.json").read_bytes()
+
+
+def test_what_was_written_in_16_bits_is_compared_without_rounding_in_between(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding would send some tokens to other experts, which looks like a wrong file."""
+    differences: list[float] = []
+
+    def compared(name: str, model: nn.Module, ids: torch.Tensor, expected: torch.Tensor, limit: torch.Tensor) -> None:
+        differences.append(float((few_logits(model, ids) - expected).abs().max() / expected.abs().max()))
+
+    monkeypatch.setattr(run, "check_written", compared)
+    text = tmp_path / "text.txt"
+    text.write_text(evaluation_text())
+    saap.recover(
+        dense, data=[text], out=tmp_path / "tuned", tuning="router", learning_rate=0.02, dtype="bfloat16",
+        **{**TRAINING, "max_steps": 2},
+    )  # fmt: skip
+    assert differences[0] < 1e-5
+    assert {value.dtype for value in load_file(tmp_path / "tuned" / "model.safetensors").values()} == {torch.bfloat16}

@@ -120,9 +120,12 @@ def is_file(source: str | Path) -> bool:
 
 
 def check_source(source: str) -> None:
-    """Raise CalibrationError if `source` is neither a known text nor a file; nothing is read or downloaded."""
-    if source not in (MIXED, *KINDS, *DATA_SETS) and not is_file(source):
+    """Raise CalibrationError if `source` is neither a known text nor a text file; nothing is read or downloaded."""
+    if source in (MIXED, *KINDS, *DATA_SETS):
+        return
+    if not is_file(source):
         raise _unknown(source)
+    _check_ending(Path(source))
 
 
 def names_a_source(text: str) -> bool:
@@ -218,9 +221,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, row
 
 
-def _file_text(path: Path) -> str:
+def _check_ending(path: Path) -> None:
     if not path.name.endswith(FILE_ENDINGS):
         raise CalibrationError(f"{path} is not a supported kind of text file", f"Give {', '.join(FILE_ENDINGS)}")
+
+
+def _file_text(path: Path) -> str:
+    _check_ending(path)
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")

@@ -214,7 +214,7 @@ def _adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
     except ValueError:
         raise OutputError(
             f"A model of class {type(model).__name__} cannot be opened from a folder",
-            "Register its classes with AutoConfig and AutoModelForCausalLM, or prune without --out",
+            "Register its classes with AutoConfig and AutoModelForCausalLM, or prune without -o",
         ) from None
     config = config_class.from_dict({**own.to_dict(), "model_type": MODEL_TYPE})
     state_structure(config, structure)

@@ -17,7 +17,7 @@ from saap.models.loading.references import local_path, read_config
 _SPARE_BYTES = 64 * 1024**2
 
 
-def check_place(out: Path, needed_bytes: int, flag: str = "--out") -> None:
+def check_place(out: Path, needed_bytes: int, flag: str = "-o") -> None:
     """Raise OutputError early if nothing could be written at `out` later.
 
     needed_bytes: of the weights. flag: that specifies the place.
@@ -37,22 +37,22 @@ def check_source_stays(source: str | Path, out: Path) -> None:
     """Raise OutputError for an output that would replace the model that is read."""
     read = local_path(source)
     if read.exists() and read.resolve().is_relative_to(out.resolve()):
-        raise OutputError(f"The output {out} would replace the model {source}", "Choose another --out")
+        raise OutputError(f"The output {out} would replace the model {source}", "Choose another -o")
 
 
 def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
     """Raise OutputError early if a folder could not be written at `out` later. needed_bytes: of the weights."""
     if out.is_symlink() or out.is_mount() or (out.exists() and not out.is_dir()):
         what = "a link" if out.is_symlink() else "a mount point" if out.is_mount() else "not a folder"
-        raise OutputError(f"{out} exists and is {what}, which the result cannot replace", "Choose another --out")
+        raise OutputError(f"{out} exists and is {what}, which the result cannot replace", "Choose another -o")
     if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise OutputError(f"The folder {out} exists", "Choose another --out, or use --overwrite")
         try:
             read_config(out)
         except ModelError:
             problem = f"The folder {out} contains something that is not a model"
-            raise OutputError(problem, "Choose another --out") from None
+            raise OutputError(problem, "Choose another -o") from None
+        if not overwrite:
+            raise OutputError(f"The folder {out} exists", "Choose another -o, or use --overwrite")
     check_place(out, needed_bytes)
 
 
@@ -61,7 +61,7 @@ def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
     if out.is_dir():
         raise OutputError(f"{out} is a folder", "Name the file to write")
     if out.exists() and not overwrite:
-        raise OutputError(f"The file {out} exists", "Choose another --out, or use --overwrite")
+        raise OutputError(f"The file {out} exists", "Choose another -o, or use --overwrite")
     check_place(out, needed_bytes)
 
 
@@ -70,9 +70,9 @@ def check_records(folder: Path, *, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not (folder / "manifest.json").is_file():
-        raise OutputError(f"{folder} exists and has no records of a result", "Choose another --out")
+        raise OutputError(f"{folder} exists and has no records of a result", "Choose another -o")
     if not overwrite:
-        raise OutputError(f"The folder {folder} exists", "Choose another --out, or use --overwrite")
+        raise OutputError(f"The folder {folder} exists", "Choose another -o, or use --overwrite")
 
 
 def place_file(file: Path, out: Path) -> None:
@@ -85,7 +85,7 @@ def place_file(file: Path, out: Path) -> None:
     except OSError as error:
         if file.exists():  # the part is an incomplete copy on another disk
             part.unlink(missing_ok=True)
-        raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
+        raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another -o") from error
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     except (OSError, OutputError) as error:
         cause = error.__cause__ if isinstance(error, OutputError) else error  # of a file inside
         reason = getattr(cause, "strerror", None) or cause
-        raise OutputError(f"{out} cannot be written ({reason})", "Free some space, or choose another --out") from error
+        raise OutputError(f"{out} cannot be written ({reason})", "Free some space, or choose another -o") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -131,7 +131,7 @@ def place(folder: Path, out: Path) -> None:
         reason = error.strerror or error
         if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
             reason = error.args[0][0][2]  # of the first file that was not copied
-        raise OutputError(f"{out} cannot be written ({reason})", "Choose another --out") from error
+        raise OutputError(f"{out} cannot be written ({reason})", "Choose another -o") from error
     shutil.rmtree(old, ignore_errors=True)
     remove_leftovers(out)
 

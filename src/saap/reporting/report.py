@@ -72,7 +72,7 @@ def _read(kind: type[_Record], path: Path, what: str, remedy: str) -> _Record:
 
 def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
     """Write the page, and its figures and tables as files if a folder is given. Returns the paths."""
-    place, flag = out, "--out"
+    place, flag = out, "-o"
     try:
         write_whole(out, render(page).encode())
         if figure_folder is None:

@@ -19,7 +19,7 @@ from saap.core.errors import ConfigurationError
 
 _COUNT_UNITS: Mapping[str, int] = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 _BYTE_UNITS: Mapping[str, int] = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
 }  # fmt: skip
 _NUMBER = re.compile(r"-?[0-9.]+")
 

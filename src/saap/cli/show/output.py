@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -58,7 +58,7 @@ class PlainReporter:
             return
         self._last = now
         left = (now - self._start) / done * (total - done)
-        print(f"  {self._title}: {done}/{total}, about {left:.0f} s left", file=self._stream, flush=True)
+        print(f"  {self._title}: {done / total:.0%}, about {left:.0f} s left", file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
         """Print a fact."""
@@ -101,7 +101,7 @@ def make_reporter(display: Display) -> Iterator[Reporter]:
         yield Silent()
     elif stream.isatty():
         columns = (
-            TextColumn("{task.description}", markup=False), BarColumn(BAR_WIDTH), MofNCompleteColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(BAR_WIDTH), TaskProgressColumn(),
             TimeElapsedColumn(), TimeRemainingColumn(compact=True),
         )  # fmt: skip
         with Progress(*columns, console=Console(file=stream)) as progress:

@@ -233,7 +233,7 @@ class GgufPlan:
         parts, unknown = grouped(self._written, names, self._family, fused_inputs=bool(fused))
         _refuse(unknown, f"llama.cpp's {self.architecture} has no place for {{}}", "Use the folder with transformers")
         uneven = [name for name, groups in parts.items() if len({group.shape[1:] for group in groups}) > 1]
-        _refuse(uneven, "llama.cpp has experts of one size in a layer (not in {})", "Prune whole experts")
+        _refuse(uneven, "llama.cpp needs experts of one size in a layer, and {} differ", "Prune whole experts")
         groups = {name: joined(found) for name, found in parts.items()}
         self._experts = self._expert_fields(groups)
         constants = {} if factors is None else {"rope_freqs.weight": factors}
@@ -283,7 +283,7 @@ class GgufPlan:
         usual = max(sizes.values(), key=[*sizes.values()].count)
         _refuse(
             [layer for layer, one in sizes.items() if one != usual],
-            f"llama.cpp's {self.architecture} has as many experts of one size in each layer (not in {{}})",
+            f"llama.cpp's {self.architecture} needs the same experts in all layers, and layer {{}} differs",
             "Prune with --layout uniform",
         )
         return expert_fields(self._config, self._family.experts, min(map(int, sizes)), usual)

@@ -50,7 +50,7 @@ def write(
     check_file(out, plan.needed_bytes, overwrite=overwrite)
     fields, imatrix = [*metadata_fields(source), *plan.fields, *tokenizer], kind.made_by_llama_cpp and request.imatrix
     found: dict[str, Any] = {}
-    with whole_file(out, remedy="Choose another --out") as part, unquantized(part, kind) as first:
+    with whole_file(out, remedy="Choose another -o") as part, unquantized(part, kind) as first:
         progress.stage(f"write {first.name.removeprefix('.').removesuffix('.part')}")
         write_gguf(first, plan, source.tensors, fields, packed, progress.advance)
         model = source.model() if request.verify or imatrix else None

@@ -115,7 +115,9 @@ def local_path(model: str | Path) -> Path:
 
 def _quantisation_of(folder: Path, config: dict[str, Any]) -> str | None:
     """The format of quantised weights. Raises ModelError for one that is not dequantised."""
-    settings = config.get("quantization_config")
+    settings = config.get("quantization_config", config.get("quantization"))
+    if isinstance(settings, dict) and "quant_method" not in settings and {"bits", "group_size"} <= {*settings}:
+        raise ModelError(f"The weights of {folder} are quantised for MLX", "Use the model that they were made from")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method is None or (isinstance(method, str) and method in DEQUANTISED):
         return method

@@ -22,7 +22,7 @@ from saap.settings.compare import CompareRequest
 from saap.settings.evaluate import EvalRequest
 from saap.settings.prune import MethodChoice
 
-REMEDY = "Choose another --out for this comparison"
+REMEDY = "Choose another -o for this comparison"
 # Evaluation settings that affect only the tasks, which may be run later than the perplexities.
 _OF_TASKS = ("tasks", "task_data", "limit", "rounded")
 

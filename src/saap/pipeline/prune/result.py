@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from saap.core.manifest import KindChange, Opening, StageRecord, VocabularyRecord
-from saap.core.records import Candidate, ModelGraph, Role, StructurePlan
+from saap.core.records import Candidate, CoupledGroup, ModelGraph, Role, StructurePlan
 from saap.models.loading.pretrained import trainable
+from saap.models.structure.keep_index import KeepIndex
 from saap.models.walk.offload import offloaded
 
 
@@ -99,6 +100,14 @@ class PruneResult:
 
 def structure_of(graph: ModelGraph, plan: StructurePlan) -> tuple[LayerStructure, ...]:
     """Kept units of every layer, and of the whole model's groups, in a form that can be drawn."""
+    index = KeepIndex.of(graph, plan.keep)
+
+    def kept_units(group: CoupledGroup) -> int:
+        """Units that stay; those of a removed expert leave with it."""
+        stacks = {(member.tensor, member.part) for member in group.members if member.part is not None}
+        stays = all(part in index.axis(tensor, 0).kept() for tensor, part in stacks)
+        return len(plan.kept(group)) if stays else 0
+
     rows = []
     for layer in range(-1, len(graph.blocks)):
         groups = graph.in_block(layer)
@@ -109,7 +118,7 @@ def structure_of(graph: ModelGraph, plan: StructurePlan) -> tuple[LayerStructure
         for role in Role:
             of_role = [group for group in groups if group.role is role]
             if of_role:
-                kept = 0 if dropped else sum(len(plan.kept(group)) for group in of_role)
+                kept = 0 if dropped else sum(map(kept_units, of_role))
                 parts.append((str(role), kept, sum(group.units for group in of_role)))
         rows.append(LayerStructure(name="all" if layer < 0 else str(layer), parts=tuple(parts)))
     return tuple(rows)

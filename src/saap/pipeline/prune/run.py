@@ -15,6 +15,7 @@ from saap.core.errors import ConfigurationError, PlanError, listed
 from saap.core.records import ModelGraph, ModelRef, digest_of
 from saap.core.storage import PlanDocument
 from saap.data.samples import Calibration
+from saap.data.texts import check_source, names_a_source
 from saap.discovery import discover
 from saap.discovery.summary import summarise
 from saap.models.loading.devices import quick_float32_products, require_whole_blocks
@@ -167,6 +168,8 @@ def _prepare(
     targets = plan_targets(config, options, source)
     if config.target_speedup is not None:
         config.runtime.check()
+    for name in filter(names_a_source, config.calibration if calibration is None else ()):
+        check_source(name)
     with meter.stage(LOAD):
         loaded = open_within(source, config, options, tokenizer)
     if loaded.fresh is not None:
@@ -254,7 +257,7 @@ def _check_reads_files(options: RunOptions, processes: Processes) -> None:
 
 
 def _needs_folder() -> ConfigurationError:
-    return ConfigurationError("A run of limited memory needs a folder for its result", "Name it with --out DIR")
+    return ConfigurationError("A run of limited memory needs a folder for its result", "Name it with -o DIR")
 
 
 def _discovered(loaded: LoadedModel, config: PruneConfig) -> ModelGraph:

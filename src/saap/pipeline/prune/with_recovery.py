@@ -36,7 +36,7 @@ def prune_and_recover(
     last finished stage. Raises SaapError.
     """
     if options.out is None:
-        raise ConfigurationError("--recover needs a folder", "Name it with --out DIR")
+        raise ConfigurationError("--recover needs a folder", "Name it with -o DIR")
     resolved, data = check_recovery(source, pruning, recovery, options)
     processes = Processes.found()
     targets = plan_targets(pruning, options, source)

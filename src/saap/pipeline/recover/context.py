@@ -97,9 +97,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     """Check everything that can be checked without the weights. Raises SaapError."""
     if options.out is not None:
         if is_file(options.out):
-            raise ConfigurationError(
-                f"--out {options.out} is a GGUF file, and saap recover writes a folder", GGUF_LATER
-            )
+            raise ConfigurationError(f"-o {options.out} is a GGUF file, and saap recover writes a folder", GGUF_LATER)
         check_work_outside(work_path(options), options.out)
         check_output(options.out, 0, overwrite=options.overwrite)
     check_logits_folder(config, options)
@@ -179,7 +177,7 @@ def check_tuning(config: RecoverConfig, resolved: ResolvedModel) -> None:
 def check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:
     """Raise ConfigurationError for settings that this number of processes does not support."""
     if count > 1 and options.out is None and options.work_dir is None:
-        raise ConfigurationError("Several processes need a shared folder", "Specify one with --work-dir or --out")
+        raise ConfigurationError("Several processes need a shared folder", "Specify one with --work-dir or -o")
     if count > config.batch:
         offender = f"--batch-size {config.batch} is less than the {count} processes that share each batch"
         raise ConfigurationError(offender, f"Use --batch-size {count}, or a multiple of it")

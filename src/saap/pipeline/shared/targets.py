@@ -149,7 +149,7 @@ def check_space(options: RunOptions, results: Sequence[int], others: int = 0, pl
     work = work_path(options)
     if work is None or options.out is None:
         return
-    flag, place = "--out" if options.work_dir is None else "--work-dir", place or work
+    flag, place = "-o" if options.work_dir is None else "--work-dir", place or work
     if _disk_of(place) == _disk_of(options.out):
         check_place(place, others + sum(results), flag)
     else:

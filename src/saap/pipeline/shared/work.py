@@ -95,7 +95,7 @@ class WorkFolder:
         try:
             self._lock.acquire()
         except Timeout:
-            remedy = "Wait until it has ended, or choose another --out or --work-dir"
+            remedy = "Wait until it has ended, or choose another -o or --work-dir"
             raise OutputError(f"Another run is at work in {self.path}", remedy) from None
         except NotImplementedError:
             return
