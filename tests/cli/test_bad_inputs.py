@@ -105,7 +105,7 @@ FLAGS: list[Case] = [
     *[((*command, "--out", "TMP/w", "--work-dir", "TMP/w/work"), "which the result replaces")
       for command in ((*PRUNE, *RATIO), RECOVER)],
     ((*PRUNE, *RATIO, "--out", "."), "contains something that is not a model"),
-    ((*PRUNE, *RATIO, "--max-memory", "8"), "--max-memory 8 is not a number with a unit"),
+    ((*PRUNE, *RATIO, "--max-memory", "8"), "--max-memory 8 is not a number with one of the units B, KB, MB, GB"),
     ((*PRUNE, *RATIO, "--calibration", "MODEL/config.json"), "config.json is not a supported kind of text file"),
     ((*PRUNE, "--plan", "plan.json", "--skip-layers", "first:1"), "a given --plan is not changed by --skip-layers"),
     ((*PRUNE, *RATIO, "--revision", "v2"), "where a revision (v2) selects nothing"),

@@ -112,6 +112,9 @@ def test_integers_and_scales_of_recovery_are_copied(tmp_path: Path, bits: int) -
     assert fields["quantization"] == fields["quantization_config"] == {"group_size": 32, "bits": bits}
     stored, packed = load_file(done.path / "model.safetensors"), read_packed(folder)
     assert done.as_dict()["packed_matrices"] == len(packed) > 0
+    card = (done.path / "README.md").read_text()
+    assert f"mostly in {bits} bits) |" in card
+    assert f"| {done.bytes:,} |" in card
     for path, weight in packed.items():
         assert torch.equal(stored[f"{path}.weight"].view(torch.int32), affine_codes(weight).view(torch.int32))
         assert torch.equal(stored[f"{path}.scales"], weight.scale.float())

@@ -97,6 +97,19 @@ def test_a_private_upload_does_not_become_public(
     assert ("me/small exists and is public" in error) is not private
 
 
+def test_weights_for_mlx_alone_are_uploaded_and_damaged_ones_are_not(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
+    fields = json.loads((folder / "config.json").read_text()) | {"quantization": {"bits": 4, "group_size": 32}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert run(capsys, "export", folder, "--push", "me/small")[0] == 0
+    hub.files.clear()
+    (folder / "model.safetensors").write_bytes(b"short")
+    code, _, error = run(capsys, "export", folder, "--push", "me/small")
+    assert (code, "model.safetensors" in error, hub.files) == (2, True, {})
+
+
 def test_code_of_a_folder_is_uploaded_and_not_run(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
     fields = json.loads((folder / "config.json").read_text())

@@ -71,7 +71,7 @@ def test_a_program_that_is_not_installed_is_refused_before_the_pruning(
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else found(name))
     code, _, error = run(capsys, *arguments, tmp_path / "out", "--check", "transformers,vllm")
-    assert (code, "vllm needs the package vllm. Run pip install vllm." in error) == (2, True)
+    assert (code, "vllm needs the package vllm. Run saap where vllm is installed." in error) == (2, True)
     assert not (tmp_path / "out").exists()
 
 

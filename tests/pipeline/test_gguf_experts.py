@@ -15,13 +15,14 @@ from tests.export.gguf_models import family_folder
 from tests.export.test_gguf_experts import folder_of
 
 import saap
-from saap.core.errors import ConfigurationError, ExportError, OutputError, PlanError, TargetError
+from saap.core.errors import ConfigurationError, ExportError, ModelError, OutputError, PlanError, TargetError
 from saap.core.manifest import RunManifest
 from saap.export.gguf.check import compare_with_llama_cpp
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.pipeline.export.run import export_gguf
 from saap.pipeline.prune import run as run_module
 from saap.pipeline.prune.run import run_prune
+from saap.pipeline.shared.memory_limit import open_within
 from saap.settings.prune import PruneConfig
 from saap.settings.run import RunOptions
 
@@ -194,3 +195,10 @@ def test_other_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     mixtral = export_gguf(folder_of(tmp_path / "mixtral", "mixtral"), tmp_path / "mixtral.gguf", verify=False).path
     with pytest.raises(saap.SaapError, match="does not read the experts of GGUF files of architecture llama"):
         saap.prune(mixtral, **options)
+
+
+def test_a_limit_that_the_whole_model_fits_is_accepted(source: Path) -> None:
+    config = PruneConfig(pruning_ratios=(0.2,))
+    assert open_within(source, config, RunOptions(max_memory=10**11), None).fresh is None
+    with pytest.raises(ModelError, match="cannot be read part by part"):
+        open_within(source, config, RunOptions(max_memory=1), None)

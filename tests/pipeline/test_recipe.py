@@ -144,6 +144,18 @@ def test_a_recovery_that_does_not_fit_is_refused_before_the_pruning(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("step", ["prune", "recover"])
+def test_lines_of_a_text_are_read_before_the_pruning(step: str, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"content": "a"}\n')
+    steps: dict[str, dict[str, object]] = {"prune": {**SMALL, "align": 32}, "recover": {"data": ["novels"]}}
+    steps[step]["calibration" if step == "prune" else "data"] = [str(tmp_path / "text.jsonl")]
+    recipe = recipe_from({"model": str(tiny.folder(tmp_path / "model")), "out": str(tmp_path / "out"), **steps}, "one")
+    for start in (preview_recipe, run_recipe):
+        with pytest.raises(SaapError, match=r"text\.jsonl, line 1, has n"):
+            start(recipe)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_baseline_does_not_restore_unless_told_to() -> None:
     base = {"model": "m", "out": "o"}
     plain = recipe_from({**base, "prune": {"pruning_ratios": [0.2], "method": "flap"}}, "r").prune

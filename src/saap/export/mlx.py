@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saap.core.errors import ExportError, first_line, listed
+from saap.core.manifest import Change, RunManifest
 from saap.export.huggingface import (
     FOLDER_FILES,
     KEPT_RECORDS,
@@ -93,8 +94,7 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         if needs_loader:
             shutil.copyfile(MLX_LOADER, part / MLX_LOADER.name)
         if source.manifest is not None:
-            own = source.manifest.model_copy(update={"opened": ()})  # which programs opened is of the folder
-            write_records(part, own, loading=loading)
+            write_records(part, _own_manifest(source.manifest, packed, entry_bytes(entries)), loading=loading)
             copy_matching(folder / "saap", part / "saap", KEPT_RECORDS)
     done = MlxExport(path=out, bytes=entry_bytes(entries), packed_matrices=len(packed), checked=checked)
     exact = f"{done.packed_matrices} matrices have exactly the integers and scales of `saap recover`"
@@ -107,6 +107,16 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         f"  {mlx_line(out, needs_loader=needs_loader)}",
     )
     return done.model_copy(update={"notes": notes})
+
+
+def _own_manifest(manifest: RunManifest, packed: Mapping[str, GroupwiseWeight], written: int) -> RunManifest:
+    """The manifest of the exported folder: its own bytes, and not which programs opened the one it is made from."""
+    changes: dict[str, Any] = {"opened": ()}
+    if packed:
+        bits = next(iter(packed.values())).bits
+        changes["dtype"] = f"{manifest.dtype}; the pruned ones mostly in {bits} bits"
+        changes["bytes"] = Change(before=manifest.bytes.before, after=written)
+    return manifest.model_copy(update=changes)
 
 
 def mlx_fields(

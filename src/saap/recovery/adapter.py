@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -104,7 +105,8 @@ def add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads attributes that transformers is about to remove
         torch.manual_seed(seed)
         handle = get_peft_model(
             model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(paths))

@@ -32,7 +32,8 @@ def number(value: float | None, digits: int = 3, factor: float = 1) -> str:
     """A number for a table, times a factor; an empty cell if it was not measured or is not finite."""
     if value is None or not math.isfinite(factor * value):
         return ""
-    return f"{factor * value:.{digits}f}" if abs(factor * value) < 1000 else f"{factor * value:.2e}"
+    shown = factor * value
+    return f"{shown:.{digits if abs(shown) < 1000 else 0}f}" if abs(shown) < 1e6 else f"{shown:.2e}"
 
 
 def percent(ratio: float) -> str:

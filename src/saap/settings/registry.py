@@ -45,8 +45,10 @@ class Registered(StrEnum):
         """Raise ConfigurationError if a required package is not installed; nothing is imported."""
         for package in self.needs:
             if importlib.util.find_spec(package.replace("-", "_")) is None:
-                install = f"'saap[{self.extra}]'" if self.extra else package
-                raise ConfigurationError(f"{self} needs the package {package}", f"Run pip install {install}")
+                remedy = (
+                    f"Run pip install 'saap[{self.extra}]'" if self.extra else f"Run saap where {package} is installed"
+                )
+                raise ConfigurationError(f"{self} needs the package {package}", remedy)
 
     def load(self) -> Any:
         """The code behind the name, imported. Raises ConfigurationError as `check` does."""

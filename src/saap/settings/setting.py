@@ -19,7 +19,7 @@ from saap.core.errors import ConfigurationError
 
 _COUNT_UNITS: Mapping[str, int] = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 _BYTE_UNITS: Mapping[str, int] = {
-    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
 }  # fmt: skip
 _NUMBER = re.compile(r"-?[0-9.]+")
 
@@ -296,7 +296,8 @@ def _scaled(units: Mapping[str, int], example: str) -> BeforeValidator:
             return given
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", given)
         if match is None or match[2].upper() not in units:
-            raise ValueError("is not a number with a unit", f"Write it like {example}")
+            names = ", ".join(filter(None, units))
+            raise ValueError(f"is not a number with one of the units {names}", f"Write it like {example}")
         return round(float(match[1]) * units[match[2].upper()])
 
     return BeforeValidator(scaled)

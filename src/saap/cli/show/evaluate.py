@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from saap.cli.show.output import console_for_tables, one_line
+from saap.cli.show.output import console_for_tables, one_line, threads
 from saap.reporting.tables import MEASURES
 
 BY_QUARTER = (
@@ -57,7 +57,7 @@ def print_eval(report: Mapping[str, Any]) -> None:
 def _print_speed(console: Any, found: Mapping[str, Any]) -> None:
     """Tokens per second, and the speed-up over the other model."""
     table = Table(
-        f"{found['runtime']}, {found['weights']}, {found['threads']} threads", "prefill, tokens/s", "decode, tokens/s",
+        f"{found['runtime']}, {found['weights']}, {threads(found['threads'])}", "prefill, tokens/s", "decode, tokens/s",
         "bytes read / token",
     )  # fmt: skip
     for one in (found["against"], found["model"]):
@@ -70,8 +70,8 @@ def _print_speed(console: Any, found: Mapping[str, Any]) -> None:
         table.add_row("speed-up", *(f"{one:.3f}" for one in quotients))
     console.print(table)
     console.print(
-        f"{found['prompt_tokens']} prompt, {found['new_tokens']} new tokens, batch 1; median of {found['rounds']} "
-        "interleaved rounds"
+        f"{found['prompt_tokens']} prompt, {found['new_tokens']} new tokens, batch 1; medians of {found['rounds']} "
+        "interleaved rounds; speed-up: median of the ratios in each round"
     )
 
 

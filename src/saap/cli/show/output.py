@@ -43,21 +43,23 @@ class PlainReporter:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._title = ""
-        self._start = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._begun: tuple[float, int] | None = None
 
     def stage(self, title: str) -> None:
         """Print the stage's title."""
-        self._title, self._start = title, time.monotonic()
-        self._last = self._start
+        self._title, self._last, self._begun = title, time.monotonic(), None
         print(f"{title} ...", file=self._stream, flush=True)
 
     def advance(self, done: int, total: int) -> None:
         """Print the progress and the remaining time of the stage from time to time."""
         now = time.monotonic()
-        if now - self._last < PLAIN_SECONDS or done == 0:
+        self._begun = self._begun or (now, done)  # a resumed stage begins in the middle
+        start, first = self._begun
+        if now - self._last < PLAIN_SECONDS or done == first:
             return
         self._last = now
-        left = (now - self._start) / done * (total - done)
+        left = (now - start) / (done - first) * (total - done)
         print(f"  {self._title}: {done / total:.0%}, about {left:.0f} s left", file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
@@ -118,6 +120,11 @@ def show(display: Display, data: dict[str, Any] | str, draw: Callable[[], None])
         print(data if isinstance(data, str) else to_json(data, indent=1, inf_nan_mode="null").decode())
     elif not display.quiet:
         draw()
+
+
+def threads(count: int) -> str:
+    """A number of threads in words."""
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def console_for_tables() -> Console:

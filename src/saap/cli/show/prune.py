@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from saap.cli.show.output import BAR_WIDTH, console_for_tables, print_answers, print_end
+from saap.cli.show.output import BAR_WIDTH, console_for_tables, print_answers, print_end, threads
 from saap.cli.show.recover import print_recovery
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def print_results(reports: Sequence[PruneReport]) -> None:
                 f"speed of decoding: {speed['reached']:.2f} of the dense model's, requested {speed['asked']:g}, "
                 f"predicted {speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> "
                 f"{speed['tokens_per_second']:.1f} tokens/s in {speed['runtime']} ({speed['weights']}, "
-                f"{speed['threads']} threads)"
+                f"{threads(speed['threads'])})"
             )
         structure = report.structure if report.block_parameters < report.block_parameters_dense else ()
         if structure:

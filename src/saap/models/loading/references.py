@@ -98,6 +98,7 @@ def resolve_model(
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     quantisation = _quantisation_of(path, config)
     if weights:
+        _refuse_mlx(path, config)
         dtype = stored_dtype(weight_files(path))
     elif not isinstance(dtype, torch.dtype):
         dtype = torch.float32
@@ -113,11 +114,15 @@ def local_path(model: str | Path) -> Path:
     return Path(model)
 
 
-def _quantisation_of(folder: Path, config: dict[str, Any]) -> str | None:
-    """The format of quantised weights. Raises ModelError for one that is not dequantised."""
+def _refuse_mlx(folder: Path, config: dict[str, Any]) -> None:
     settings = config.get("quantization_config", config.get("quantization"))
     if isinstance(settings, dict) and "quant_method" not in settings and {"bits", "group_size"} <= {*settings}:
         raise ModelError(f"The weights of {folder} are quantised for MLX", "Use the model that they were made from")
+
+
+def _quantisation_of(folder: Path, config: dict[str, Any]) -> str | None:
+    """The format of quantised weights. Raises ModelError for one that is not dequantised."""
+    settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method is None or (isinstance(method, str) and method in DEQUANTISED):
         return method

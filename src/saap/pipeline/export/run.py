@@ -12,6 +12,7 @@ from saap.core.errors import ExportError, ModelError, OutputError, first_line
 from saap.export.model_card import load_lines, mlx_line, opens_only_in_mlx
 from saap.export.placing import check_file, check_output, check_source_stays
 from saap.export.source import Exported, open_source
+from saap.models.checkpoint.safetensor_files import stored_dtype, weight_files
 from saap.models.loading.llama_cpp import llama_cpp_is_installed
 from saap.models.loading.references import read_config, resolve_model
 from saap.pipeline.shared.progress import Reporter, Silent
@@ -115,9 +116,10 @@ def push(folder: str | Path, repository: str, *, private: bool = False, reporter
     cannot be reached.
     """
     # nothing is fetched to be uploaded again, and no code is run
-    resolved = resolve_model(folder, trust_remote_code=True) if Path(folder).is_dir() else None
+    resolved = resolve_model(folder, trust_remote_code=True, weights=False) if Path(folder).is_dir() else None
     if resolved is None or resolved.gguf_file is not None:
         raise ModelError(f"{folder} is not the folder of a checkpoint", "Give the folder that `saap prune` wrote")
+    stored_dtype(weight_files(resolved.folder))  # raises for damaged files; those for MLX alone are uploaded too
     files = [file for file in resolved.folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     (reporter or Silent()).stage(f"upload {len(files)} files, {size / 1e6:,.1f} MB, to {repository}")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from saap._version import __version__
 from saap.core.errors import ModelError, OutputError, StaleInputError
 from saap.core.records import ModelRef, digest_of
-from saap.data.texts import check_source
+from saap.data.texts import DATA_SETS, check_source, is_file, read_documents
 from saap.discovery import discover
 from saap.discovery.blocks import find_blocks
 from saap.export.placing import check_place
@@ -80,15 +80,25 @@ def _check_inputs(recipe: Recipe) -> None:
     _check_requests(recipe)
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     manifest = manifest_of(resolved) if recipe.prune is None else None  # a model pruned here has none yet
+    tokenizer = load_tokenizer(resolved)
+    _check_calibration(recipe, tokenizer)
     # a dense model that only a manifest specifies may be missing
     if recipe.recover is not None:
         check_early(recipe.recover, resolved, RunOptions(out=recipe.out))
-        read_data(recipe.recover, load_tokenizer(resolved))
+        read_data(recipe.recover, tokenizer)
         if recipe.recover.teacher is not None:
             resolve_dense(recipe.recover, manifest)
     for request in recipe.eval.values():
         if request.dense is not None:
             resolve_dense(request, manifest)
+
+
+def _check_calibration(recipe: Recipe, tokenizer: Any | None) -> None:
+    """Read the files to calibrate on, so that a fault in a line is found before the model is loaded."""
+    for source in () if recipe.prune is None else recipe.prune.calibration:
+        if is_file(source):
+            for _ in read_documents(source, tokenizer=tokenizer):
+                pass
 
 
 class _Record(BaseModel):
@@ -271,10 +281,13 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     _check_requests(recipe)
     resolved = resolve_model(recipe.model, recipe.revision, recipe.trust_remote_code, weights=False)
     dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
-    load_tokenizer(resolved)
+    tokenizer = load_tokenizer(resolved)
+    _check_calibration(recipe, tokenizer)
     model = model_without_weights(resolved)
     if recipe.recover is not None:
         check_early(recipe.recover, resolved, RunOptions(out=recipe.out))
+        if DATA_SETS.keys().isdisjoint(recipe.recover.data):
+            read_data(recipe.recover, tokenizer)
     tuning = recipe.recover if recipe.prune is None else None
     if tuning is not None and tuning.tuning is Tuning.GROUPWISE:
         check_group_sizes(linears_inside(model, find_blocks(model)), tuning.group_size)

@@ -17,7 +17,7 @@ from saap.core.errors import ConfigurationError, ModelError
 from saap.discovery.blocks import find_blocks
 from saap.models.loading import memory
 from saap.models.loading.devices import pick_device, working_dtype
-from saap.models.loading.pretrained import load_offloaded, open_skeleton
+from saap.models.loading.pretrained import load_offloaded, model_without_weights, open_skeleton
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.offload import offloaded
 from saap.models.walk.spill import Spill
@@ -56,8 +56,10 @@ def open_within(
         least, whole = limits(resolved, config, dtype, device)
     except ModelError:  # it cannot be read part by part, so it must fit
         if given is not None:
-            raise
-        return _spilling(open_model(resolved, options, tokenizer), config, base, None)
+            sizes = Sizes.of(model_without_weights(resolved), device)
+            if base + Needs.of(sizes, config).spilled > given:
+                raise
+        return _spilling(open_model(resolved, options, tokenizer), config, base, given)
     if whole <= limit:
         return _spilling(open_model(resolved, options, tokenizer), config, base, limit)
     size = _gigabytes(limit)
