@@ -49,7 +49,7 @@ def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
         try:
             read_config(out)
         except ModelError:
-            problem = f"The folder {out} contains something that is not a model"
+            problem = f"The folder {out} exists and contains something that is not a model"
             raise OutputError(problem, "Choose another -o") from None
         if not overwrite:
             raise OutputError(f"The folder {out} exists", "Choose another -o, or use --overwrite")
