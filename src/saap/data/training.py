@@ -150,8 +150,8 @@ def _pieces(place: str, row: dict[str, Any], tokenizer: Any) -> list[tuple[str, 
         given = [row.get(name) or "" for name in ("instruction", "input", "output")]
         if not given[0] or not all(isinstance(text, str) for text in given):
             raise TrainingDataError(
-                f"{place} has none of `text`, `messages`, or `instruction` with `output`",
-                "Give each line of the file one of these, the same in all lines",
+                f"{place} has neither `messages` nor the strings `instruction` and `output`",
+                "Give each line of the file the same one of the known forms",
             )
         instruction, more, output = given
         if not output:
