@@ -1,5 +1,6 @@
 """Settings of `saap eval`, `saap generate`, `saap chat` and speed measurements."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Self
@@ -35,6 +36,11 @@ class SpeedSettings(Settings):
     def _check(self) -> Self:
         check_gguf_type(self.gguf_type, self.runtime)
         return self
+
+
+def unread(given: Sequence[str], needed: str) -> tuple[str, str]:
+    """Problem and remedy of flags that nothing reads without another one."""
+    return f"nothing reads {' and '.join(given)} without {needed}", f"Add {needed}, or leave it out"
 
 
 class EvalRequest(Settings):
@@ -109,7 +115,7 @@ class EvalRequest(Settings):
             ("--tasks", self.tasks, ("task_data", "limit", "rounded")),
         ):
             if not measured and (given := self.flags_changed(*names)):
-                raise ValueError(f"nothing reads {' and '.join(given)} without {flag}", f"Add {flag}, or leave it out")
+                raise ValueError(*unread(given, flag))
         return self
 
     @property

@@ -41,7 +41,7 @@ from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, res
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import LOAD
 from saap.reporting.tables import names_apart
-from saap.settings.evaluate import EvalRequest, SpeedSettings
+from saap.settings.evaluate import EvalRequest, SpeedSettings, unread
 
 
 def evaluate_model(
@@ -110,14 +110,12 @@ def check_request(
     request: EvalRequest,
 ) -> tuple[Sequence[generation.Prompt], Sequence[Sequence[dict[str, Any]]]]:
     """Reject invalid requests without loading a model. Returns the requested prompts and conversations."""
-    for measured, names, flags in (
+    for measured, names, flags in (  # not by the settings: --generation names the prompts after these are checked
         ([request.prompts], ("generated_tokens", "seed"), "--generation or --prompts"),
         ([request.prompts, request.dense, request.speed], ("dense_revision", "dense_trust_remote_code"), "--dense"),
     ):
         if not any(measured) and (given := request.flags_changed(*names)):
-            raise ConfigurationError(
-                f"nothing reads {' and '.join(given)} without {flags}", f"Add {flags}, or leave it out"
-            )
+            raise ConfigurationError(*unread(given, flags))
     if request.speed is not None:
         request.speed.runtime.check()
     if request.tasks:
