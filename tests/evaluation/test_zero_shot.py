@@ -165,6 +165,8 @@ def test_tasks_that_are_no_choices_are_refused_before_any_is_scored(model, monke
     monkeypatch.setattr(zero_shot, "_result", lambda task, *_: scored.append(task))
     with pytest.raises(EvaluationError, match="gsm8k is not a multiple-choice task"):
         evaluate_tasks(*model, ["arc_easy", "gsm8k"])
+    with pytest.raises(EvaluationError, match="gsm8k is not a multiple-choice task"):
+        check_tasks(["arc_easy", "gsm8k"], None)
     assert scored == []
     for name in ("mmlu", "ai2_arc"):
         with pytest.raises(EvaluationError, match=f"{name} is a group of tasks"):

@@ -90,7 +90,10 @@ def read_records(path: Path, limit: int | None = None) -> list[ChoiceRecord]:
 
 
 def check_tasks(names: Sequence[str], data: Path | None, limit: int | None = None) -> None:
-    """Raise EvaluationError early for anything that `evaluate_tasks` could not find or read."""
+    """Raise EvaluationError early for anything that `evaluate_tasks` could not find, fetch or read.
+
+    The rows of the hub come into the local cache, from which `evaluate_tasks` reads them again.
+    """
     known = sorted(_task_manager().all_subtasks)
     groups = {*_task_manager().all_groups, *_task_manager().all_tags}
     for name in names:
@@ -100,6 +103,8 @@ def check_tasks(names: Sequence[str], data: Path | None, limit: int | None = Non
             raise EvaluationError(f"{name} is a group of tasks", "Specify its tasks one by one")
         elif name not in known:
             raise EvaluationError(f"the task {name!r} is unknown", f"{_near(name, known)}{', '.join(PAPER_TASKS)}")
+        else:
+            _hub_task(name)
 
 
 def evaluate_tasks(

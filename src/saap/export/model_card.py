@@ -18,6 +18,7 @@ from saap.core.manifest import RunManifest
 from saap.core.records import Layout
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.checkpoint.pruned_structure import auto_class
+from saap.models.loading.references import quantised_for_mlx
 
 # Pipeline tags of the hub for models with another auto class than the usual one.
 _TASKS = {"AutoModelForImageTextToText": "image-text-to-text"}
@@ -104,7 +105,7 @@ def tokenizer_option(folder: Path, *, with_code: bool) -> str:
 
 def opens_only_in_mlx(config: Mapping[str, Any]) -> bool:
     """Whether a folder with this config.json was exported for MLX-LM in a form that transformers cannot open."""
-    return "quantization" in config or (config["model_type"] == MODEL_TYPE and "auto_map" not in config)
+    return quantised_for_mlx(config) or (config["model_type"] == MODEL_TYPE and "auto_map" not in config)
 
 
 def mlx_line(path: Path | str, *, needs_loader: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,9 +115,14 @@ def local_path(model: str | Path) -> Path:
     return Path(model)
 
 
-def _refuse_mlx(folder: Path, config: dict[str, Any]) -> None:
+def quantised_for_mlx(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of weights that MLX-LM quantised."""
     settings = config.get("quantization_config", config.get("quantization"))
-    if isinstance(settings, dict) and "quant_method" not in settings and {"bits", "group_size"} <= {*settings}:
+    return isinstance(settings, dict) and "quant_method" not in settings and {"bits", "group_size"} <= {*settings}
+
+
+def _refuse_mlx(folder: Path, config: Mapping[str, Any]) -> None:
+    if quantised_for_mlx(config):
         raise ModelError(f"The weights of {folder} are quantised for MLX", "Use the model that they were made from")
 
 
