@@ -2,16 +2,20 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
 
 import numpy as np
 from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.dense import Dense, Ratios, opened, source_of
+from lab.measures import geometric_mean
 from lab.texts import TEXTS
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
+from experiments.quality.models import GEMMA, QWEN, SMOLLM2
 from saap.core.records import FloatArray, Layout, StructurePlan
 from saap.data.texts import MIXED
 from saap.settings.presets import PRESETS, Preset
@@ -21,66 +25,105 @@ from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, build_variables, make_plan, search
 from saap.structure_search.problem import DecisionVariable, Proposal, SearchGuide, SearchProblem, importance_order
-from saap.structure_search.strategies import adaptive, importance, module_shares
+from saap.structure_search.second_order import SecondOrder
+from saap.structure_search.strategies import FIRST_SHARE, LAST_SHARE, adaptive, importance, module_shares
 from saap.surgery.reconstruct import ReconstructionSettings
 
-MODELS = ("smollm2", "gemma-3-270m", "qwen2.5-coder-0.5b")
-ALLOCATIONS = {
-    "uniform": "the same share of every FFN, both ends protected; nothing is measured",
-    "module importance": "shares by the importance of modules, attention at 0.3 of an FFN; nothing is measured",
-    "importance": "all units ranked by token-level Fisher score per parameter; nothing is measured",
-    "second-order": "all units ranked by second-order cost per parameter, after compensation; nothing is measured",
-    "evolution": "the best of the candidates of the default search, each measured as a whole, masked",
-    "knapsack, masked": "a loss curve of each module alone, masked; a knapsack over all of them",
-    "knapsack, compensated": "a loss curve of each module alone, after compensation; a knapsack over all of them",
+Result = TypeVar("Result")
+RATIOS = ("0.2", "0.5", "0.1", "0.3")
+MODELS = {SMOLLM2: RATIOS, GEMMA: RATIOS, QWEN: RATIOS[:2]}
+"""Pruning ratios of each model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Shares by place in the depth, equal for FFNs in the middle.
+
+    first, last: shares of the blocks that lose nothing. slope: by how much the share at the end is above the mean.
+    attention: share of an attention module relative to an FFN's.
+    """
+
+    meaning: str
+    first: float = FIRST_SHARE
+    last: float = LAST_SHARE
+    slope: float = 0.0
+    attention: float = 0.0
+
+    def share(self, variable: DecisionVariable, blocks: int) -> float:
+        """The share that a module loses, relative to the others."""
+        layer = variable.groups[0].layer
+        if layer < round(self.first * blocks) or layer >= blocks - round(self.last * blocks):
+            return 0.0
+        return (self.attention if variable.of_heads else 1.0) * (1 + self.slope * ((2 * layer + 1) / blocks - 1))
+
+
+DEFAULT, KNAPSACK = "uniform", "knapsack"
+PROFILES = {
+    DEFAULT: Profile(meaning="the same share of every FFN, the first 4 and last 2 of 30 blocks protected"),
+    "first 6": Profile(meaning="as uniform, with the first 6 protected", first=6 / 30),
+    "last 4": Profile(meaning="as uniform, with the last 4 protected", last=4 / 30),
+    "last 8": Profile(meaning="as uniform, with the last 8 protected", last=8 / 30),
+    "last 12": Profile(meaning="as uniform, with the last 12 protected", last=12 / 30),
+    "early more": Profile(
+        meaning="as uniform, but from 1.3 of the mean share at the start to 0.7 at the end", slope=-0.3
+    ),
+    "late more": Profile(meaning="as uniform, but from 0.7 to 1.3", slope=0.3),
+    "attention too": Profile(meaning="as uniform, and a fifth of that share of each attention module", attention=0.2),
 }
-LEVELS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+LEVEL = 0.02
+"""Differences of the mean below it count as none: one seed, and few tokens."""
+ALLOCATIONS = {
+    **{name: profile.meaning for name, profile in PROFILES.items()},
+    "module importance": "shares by the importance of modules, attention at 0.3 of an FFN",
+    "importance": "all units ranked by token-level Fisher score per parameter",
+    "second-order": "all units ranked by second-order cost per parameter, after compensation",
+    "evolution": "what the default search chooses of its candidates, each measured as a whole, masked",
+    KNAPSACK: "a loss curve of each module alone, after compensation; a knapsack over all of them",
+}
+LEVELS = (0.2, 0.5, 1.0)
 """Shares of a module's units at which its loss curve is measured; linear in between."""
 MEASURED = ("wikitext2", "novel")
 SETTINGS = {
-    "model": "{model}", "calibration": MIXED, "models": Scaled(["smollm2"], list(MODELS)),
-    "pruning ratios": Scaled([0.2], [0.1, 0.2, 0.3, 0.5]), "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
-    "held-out samples": Scaled(2, 8), "refit sequences": Scaled(4, 24), "refit length": Scaled(64, 512),
-    "candidates": Scaled(3, PRESETS[Preset.DEFAULT].search_evaluations), "measured tokens": Scaled(512, 8192),
+    "model": "{model}", "calibration": MIXED, "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
+    "held-out samples": Scaled(2, 8), "refit sequences": Scaled(4, 16), "refit length": Scaled(64, 512),
+    "candidates": Scaled(3, PRESETS[Preset.DEFAULT].search_evaluations), "measured tokens": Scaled(512, 4096),
 }  # fmt: skip
 PARTIAL = True
 
 
 def cells(request: Request) -> Names:
-    chosen = request.settings
-    return [
-        f"{model}/{ratio:g}/{name}"
-        for model in chosen["models"]
-        for ratio in chosen["pruning ratios"]
-        for name in ALLOCATIONS
-    ]
+    models = {SMOLLM2: RATIOS[:1]} if request.quick else MODELS
+    return [f"{model}/{ratio}/{name}" for model, ratios in models.items() for ratio in ratios for name in ALLOCATIONS]
 
 
 def measure(request: Request, wanted: Names) -> Measured:
     chosen = request.settings
-    for model in chosen["models"]:
-        if not any(cell.startswith(f"{model}/") for cell in wanted):
-            continue
+    for model in dict.fromkeys(cell.split("/")[0] for cell in wanted):
         with opened(source_of(request, model)) as dense:
             ratios = Ratios(dense, chosen["measured tokens"], {name: TEXTS[name] for name in MEASURED})
             prepared = Prepared(dense, chosen)
-            for ratio in chosen["pruning ratios"]:
-                for name in ALLOCATIONS:
-                    cell = f"{model}/{ratio:g}/{name}"
-                    if cell in wanted:
-                        begun = time.process_time()
-                        plan = prepared.plan(name, ratio)
-                        seconds = time.process_time() - begun + prepared.shared_seconds(name)
-                        masked, restored = ratios.masked(plan), ratios.of(prepared.restored(plan))
-                        yield cell, {"masked": masked, "restored": restored, "seconds": round(seconds, 1)}
+            for cell in (one for one in wanted if one.startswith(f"{model}/")):
+                _, ratio, name = cell.split("/")
+                shared, begun = prepared.shared_seconds(name), time.process_time()
+                plan = prepared.plan(name, float(ratio))
+                seconds = shared + time.process_time() - begun
+                masked, restored = ratios.masked(plan), ratios.of(prepared.restored(plan))
+                loss = prepared.loss(plan)
+                yield cell, {"loss": loss, "masked": masked, "restored": restored, "seconds": round(seconds, 1)}
 
 
 @dataclass(frozen=True)
-class Curves:
-    """Measured loss of each variable alone at each of its sizes, and the processor time of the measurement."""
+class Timed(Generic[Result]):
+    """A result and the processor time that it took."""
 
-    losses: tuple[FloatArray, ...]
+    found: Result
     seconds: float
+
+    @classmethod
+    def of(cls, make: Callable[[], Result]) -> "Timed[Result]":
+        begun = time.process_time()
+        found = make()
+        return cls(found, time.process_time() - begun)
 
 
 class Prepared:
@@ -98,18 +141,23 @@ class Prepared:
         )
         self._scores = dense.token_fisher(samples["scored"])
         self._text, held = dense.ids(samples["refit"]), dense.ids(samples["held"])
-        begun = time.process_time()
-        self._costs = dense.second_order_costs(dense.ids(samples["scored"]))
-        self._cost_seconds = time.process_time() - begun
+        self._scored, self._held = dense.ids(samples["scored"]), held
         self._masking = StructureEvaluator(dense.backend, held)
-        self._compensating = StructureEvaluator(dense.backend, held, self._costs.grams)
-        self._curves: dict[str, Curves] = {}
 
     def shared_seconds(self, name: str) -> float:
-        """Processor time of what the plans of all budgets share."""
-        compensated = name in ("second-order", "knapsack, compensated")
-        curves = self._curves[name].seconds if name in self._curves else 0.0
-        return curves + (self._cost_seconds if compensated else 0.0)
+        """Processor time of what the plans of all budgets share, which is measured at its first use."""
+        costs = self._costs.seconds if name in ("second-order", KNAPSACK) else 0.0
+        return costs + (self._curves.seconds if name == KNAPSACK else 0.0)
+
+    @cached_property
+    def _costs(self) -> Timed[SecondOrder]:
+        return Timed.of(lambda: self._dense.second_order_costs(self._scored))
+
+    @cached_property
+    def _curves(self) -> Timed[tuple[FloatArray, ...]]:
+        costs, variables = self._costs.found, build_variables(self._dense.graph, self._space)
+        evaluator = StructureEvaluator(self._dense.backend, self._held, costs.grams)
+        return Timed.of(lambda: tuple(loss_curve(one, {**costs.orders}, evaluator) for one in variables))
 
     def plan(self, name: str, ratio: float) -> StructurePlan:
         """The plan of one allocation for one budget."""
@@ -119,35 +167,35 @@ class Prepared:
             return search(graph, self._scores, budget, self._space, Strategy.ADAPTIVE, guide)
         problem = SearchProblem(graph, build_variables(graph, self._space), self._scores, budget)
         proposals: dict[str, Callable[[], Proposal]] = {
-            "uniform": lambda: adaptive(problem),
-            "module importance": lambda: self._by_modules(problem),
+            "module importance": lambda: self._by_shares(
+                problem, module_shares(problem.variables, self._scores, attention=0.3)
+            ),
             "importance": lambda: importance(problem),
-            "second-order": lambda: adaptive(dataclasses.replace(problem, guide=SearchGuide(costs=self._costs))),
+            "second-order": lambda: adaptive(dataclasses.replace(problem, guide=SearchGuide(costs=self._costs.found))),
+            KNAPSACK: lambda: self._knapsack(problem),
         }
-        proposal = proposals.get(name, lambda: self._knapsack(problem, name))()
+        if name in PROFILES:
+            shares = [PROFILES[name].share(one, len(graph.blocks)) for one in problem.variables]
+            proposal = self._by_shares(problem, shares)
+        else:
+            proposal = proposals[name]()
         keep = proposal.keep(problem.variables)
         return make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy=name, align=self._space.align)
 
-    def _means(self) -> dict[str, FloatArray]:
-        return {name: score.mean for name, score in self._scores.items()}
+    def _by_shares(self, problem: SearchProblem, shares: Sequence[float]) -> Proposal:
+        return problem.propose("shares", problem.by_share(shares), importance_order(self._scores))
 
-    def _by_modules(self, problem: SearchProblem) -> Proposal:
-        decrements = problem.by_share(module_shares(problem.variables, self._scores, attention=0.3))
-        return problem.propose("module importance", decrements, importance_order(self._scores))
+    def _knapsack(self, problem: SearchProblem) -> Proposal:
+        sizes = knapsack(problem.variables, self._curves.found, problem.budget.removal)
+        return Proposal(name=KNAPSACK, sizes=sizes, orders={**self._costs.found.orders})
 
-    def _knapsack(self, problem: SearchProblem, name: str) -> Proposal:
-        orders = {**self._costs.orders} if name.endswith("compensated") else importance_order(self._scores)
-        evaluator = self._compensating if name.endswith("compensated") else self._masking
-        if name not in self._curves:
-            begun = time.process_time()
-            losses = tuple(loss_curve(one, orders, evaluator) for one in problem.variables)
-            self._curves[name] = Curves(losses, time.process_time() - begun)
-        sizes = knapsack(problem.variables, self._curves[name].losses, problem.budget.removal)
-        return Proposal(name=name, sizes=sizes, orders=orders)
+    def loss(self, plan: StructurePlan) -> float:
+        """What the search goes by: the loss of the masked model on held-out samples, in nats per token."""
+        return self._masking(plan.keep)
 
     def restored(self, plan: StructurePlan) -> nn.Module:
         """The pruned model after the reconstruction, which chooses the units at the plan's counts."""
-        how = ReconstructionSettings(scores=self._means())
+        how = ReconstructionSettings(scores={name: score.mean for name, score in self._scores.items()})
         return self._dense.pruned(plan, self._text, how)
 
 
@@ -185,16 +233,19 @@ def knapsack(variables: tuple[DecisionVariable, ...], losses: tuple[FloatArray, 
 
 
 def summarise(cells: Cells) -> Values:
-    found: dict[str, dict[str, Values]] = {}
+    tables: dict[str, dict[str, Values]] = {}
     for cell, values in cells.items():
         model, ratio, name = cell.split("/")
-        found.setdefault(f"{model}, {float(ratio):.0%}", {})[name] = values
-    best = {where: min(rows, key=lambda name: sum(rows[name]["restored"].values())) for where, rows in found.items()}
-    wins = {name: sum(one == name for one in best.values()) for name in ALLOCATIONS}
-    return {
-        "tables": found,
-        "best": best,
-        "wins": wins,
-        "meaning": ALLOCATIONS,
-        "most": max(wins, key=wins.__getitem__),
+        mean = geometric_mean([*values["restored"].values()])
+        tables.setdefault(f"{model}, {float(ratio):.0%}", {})[name] = {**values, "mean": mean}
+    best = {where: min(rows, key=lambda name: rows[name]["mean"]) for where, rows in tables.items()}
+    behind = {
+        where: rows[DEFAULT]["mean"] / rows[best[where]]["mean"] - 1
+        for where, rows in tables.items()
+        if DEFAULT in rows
     }
+    near = sum(share <= LEVEL for share in behind.values())
+    return {
+        "tables": tables, "meaning": ALLOCATIONS, "best": best, "behind": behind, "near": near, "level": LEVEL,
+        "most": max(behind.values(), default=0.0),
+    }  # fmt: skip
