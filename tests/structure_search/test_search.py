@@ -162,6 +162,28 @@ def test_a_candidate_must_be_clearly_better_than_the_first_start(least: float, k
     assert min(one.loss for one in found.trail) == least
 
 
+@pytest.mark.parametrize(
+    ("restores", "each", "protected"), [(True, 0.0, 5), (True, 0.015, 3), (True, 0.045, 1), (False, 0.0, 1)]
+)
+def test_before_a_reconstruction_the_most_of_the_last_blocks_are_protected_at_a_tolerated_loss(
+    restores: bool, each: float, protected: int
+) -> None:
+    deep = graph(15)
+
+    def last_whole(keep) -> int:
+        """How many of the last blocks keep all of their FFN."""
+        removed = [layer for layer in range(15) if len(keep.get(f"layers.{layer}.ffn", range(CHANNELS))) < CHANNELS]
+        return 14 - max(removed, default=0)
+
+    def evaluator(keep, dropped) -> float:
+        return 1.0 + each * (last_whole(keep) - 1)
+
+    guide = SearchGuide(evaluator=evaluator, evaluations=6, restores=restores)
+    found = search(deep, scores(deep), budget_for_ratio(deep, 0.1), space(), Strategy.ADAPTIVE, guide)
+    assert last_whole(found.keep) == protected
+    assert found.trail[0].loss == evaluator(found.keep, ())
+
+
 def test_blocks_are_dropped_by_measured_loss() -> None:
     def evaluator(keep, dropped) -> float:
         return 0.0 if dropped == (3,) else 1.0 + sum(dropped)

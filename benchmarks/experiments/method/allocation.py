@@ -26,7 +26,14 @@ from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, build_variables, make_plan, search
 from saap.structure_search.problem import DecisionVariable, Proposal, SearchGuide, SearchProblem, importance_order
 from saap.structure_search.second_order import SecondOrder
-from saap.structure_search.strategies import FIRST_SHARE, LAST_SHARE, adaptive, importance, module_shares
+from saap.structure_search.strategies import (
+    FIRST_SHARE,
+    LAST_SHARE,
+    adaptive,
+    importance,
+    module_shares,
+    protected_layers,
+)
 from saap.surgery.reconstruct import ReconstructionSettings
 
 Result = TypeVar("Result")
@@ -52,7 +59,7 @@ class Profile:
     def share(self, variable: DecisionVariable, blocks: int) -> float:
         """The share that a module loses, relative to the others."""
         layer = variable.groups[0].layer
-        if layer < round(self.first * blocks) or layer >= blocks - round(self.last * blocks):
+        if layer in protected_layers(blocks, first=self.first, last=self.last):
             return 0.0
         return (self.attention if variable.of_heads else 1.0) * (1 + self.slope * ((2 * layer + 1) / blocks - 1))
 
@@ -163,7 +170,7 @@ class Prepared:
         """The plan of one allocation for one budget."""
         graph, budget = self._dense.graph, budget_for_ratio(self._dense.graph, ratio)
         if name == "evolution":
-            guide = SearchGuide(evaluator=self._masking, evaluations=self._candidates)
+            guide = SearchGuide(evaluator=self._masking, evaluations=self._candidates, restores=True)
             return search(graph, self._scores, budget, self._space, Strategy.ADAPTIVE, guide)
         problem = SearchProblem(graph, build_variables(graph, self._space), self._scores, budget)
         proposals: dict[str, Callable[[], Proposal]] = {

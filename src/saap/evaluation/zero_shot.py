@@ -89,10 +89,11 @@ def read_records(path: Path, limit: int | None = None) -> list[ChoiceRecord]:
     return records
 
 
-def check_tasks(names: Sequence[str], data: Path | None, limit: int | None = None) -> None:
+def check_tasks(names: Sequence[str], data: Path | None, limit: int | None = None, *, fetch: bool = True) -> None:
     """Raise EvaluationError early for anything that `evaluate_tasks` could not find, fetch or read.
 
-    The rows of the hub come into the local cache, from which `evaluate_tasks` reads them again.
+    fetch: whether rows of the hub come into the local cache, from which `evaluate_tasks` reads them again; if not,
+    only their tasks' names are checked.
     """
     known = sorted(_task_manager().all_subtasks)
     groups = {*_task_manager().all_groups, *_task_manager().all_tags}
@@ -103,7 +104,7 @@ def check_tasks(names: Sequence[str], data: Path | None, limit: int | None = Non
             raise EvaluationError(f"{name} is a group of tasks", "Specify its tasks one by one")
         elif name not in known:
             raise EvaluationError(f"the task {name!r} is unknown", f"{_near(name, known)}{', '.join(PAPER_TASKS)}")
-        else:
+        elif fetch:
             _hub_task(name)
 
 

@@ -27,6 +27,13 @@ SPREAD = 0.3
 
 # Protecting both ends was measured to beat every rule driven by importance (SmolLM2: first 4 and last 2 of 30 layers).
 FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
+MORE_LAST_SHARES = (4 / 30, 6 / 30, 8 / 30, 10 / 30)
+"""Shares of the last blocks that a search before a reconstruction tries to protect instead."""
+TOLERATED = 1.04
+"""By how much more of those may increase the loss over LAST_SHARE's.
+
+Whole blocks at the end are reconstructed too, and correct errors of earlier ones, which masked losses do not show.
+"""
 WAVES = 4
 MUTATION_SCALE = 0.3
 CLEARLY_BETTER = 0.95
@@ -141,8 +148,9 @@ def module_shares(variables: Sequence[DecisionVariable], scores: Scores, *, atte
 def adaptive(problem: SearchProblem) -> Proposal:
     """The candidate with the least measured loss, with the trail of all that were measured.
 
-    The first start is kept unless that loss is clearly less than its own. The starts come first, one for each order of
-    units; then, in the order of the best of them, the named candidates and an evolution from the best candidate, in
+    The first start is kept unless that loss is clearly less than its own; before a reconstruction, the uniform start
+    with the most of the last blocks protected that does not lose much more. The starts come first, one for each order
+    of units; then, in the order of the best of them, the named candidates and an evolution from the best candidate, in
     which a child that is better becomes the parent.
     """
     guide, ranking = problem.guide, _ranking(problem)
@@ -163,6 +171,8 @@ def adaptive(problem: SearchProblem) -> Proposal:
 
     for start in starts:
         measure(start)
+    first_loss, first = measured[0]
+    kept = first if ranking is not None else _more_protected(problem, first, first_loss, measure)
     orders = min(measured, key=itemgetter(0))[1].orders
     for proposal in _named(problem, orders):
         measure(proposal)
@@ -179,23 +189,25 @@ def adaptive(problem: SearchProblem) -> Proposal:
             failures += 1
         elif loss < best_loss:
             best_loss, best, parent = loss, child, genes
-    first_loss, first = measured[0]
     if best_loss > CLEARLY_BETTER * first_loss:
-        best = first
+        best = kept
     order = sorted(measured, key=lambda one: (one[1] is not best, one[0]))
     trail = (Candidate(name=proposal.name, loss=loss) for loss, proposal in order)
     return dataclasses.replace(best, trail=tuple(trail))
 
 
-def protected_layers(blocks: int) -> tuple[int, ...]:
-    """Layers at both ends that lose least by default."""
-    first, last = round(FIRST_SHARE * blocks), round(LAST_SHARE * blocks)
-    return tuple(layer for layer in range(blocks) if layer < first or layer >= blocks - last)
+def protected_layers(blocks: int, *, first: float = FIRST_SHARE, last: float = LAST_SHARE) -> tuple[int, ...]:
+    """Layers at both ends that lose least, by default or by these shares of all blocks."""
+    start, end = round(first * blocks), blocks - round(last * blocks)
+    return tuple(layer for layer in range(blocks) if layer < start or layer >= end)
 
 
-def uniform_shares(problem: SearchProblem, *, attention: float) -> list[float]:
-    """Share of each variable under the uniform rule: 1, `attention` for attention modules, 0 at protected layers."""
-    protected = set(protected_layers(len(problem.graph.blocks))) if problem.protects_ends else set[int]()
+def uniform_shares(problem: SearchProblem, *, attention: float, last: float = LAST_SHARE) -> list[float]:
+    """Share of each variable under the uniform rule: 1, `attention` for attention modules, 0 at protected layers.
+
+    last: share of the blocks at the end that are protected.
+    """
+    protected = set(protected_layers(len(problem.graph.blocks), last=last)) if problem.protects_ends else set[int]()
     return [
         0.0 if all(group.layer in protected for group in one.groups) else attention if one.of_heads else 1.0
         for one in problem.variables
@@ -216,10 +228,30 @@ def _starts(problem: SearchProblem, ranking: Sequence[Decrement] | None) -> list
     starts, guide = [], problem.guide
     if ranking is not None and guide.costs is not None:
         starts.append(problem.propose("second-order cost", ranking, {**guide.costs.orders}))
-    only_attention = all(variable.of_heads for variable in problem.variables)
-    shares = uniform_shares(problem, attention=1.0 if only_attention else 0.0)
-    name, decrements = "uniform, ends protected", problem.by_share(shares)
+    name, decrements = "uniform, ends protected", _uniform_start(problem, LAST_SHARE)
     return [*starts, problem.propose(name, decrements, importance_order(problem.scores))]
+
+
+def _more_protected(
+    problem: SearchProblem, kept: Proposal, first_loss: float, measure: Callable[[Proposal], float | None]
+) -> Proposal:
+    """The uniform start that protects the most of the last blocks at a tolerated loss; `kept` if no other does."""
+    for last in MORE_LAST_SHARES if problem.guide.restores else ():
+        name = f"uniform, last {round(last * len(problem.graph.blocks))} protected"
+        start = problem.propose(name, _uniform_start(problem, last), kept.orders)
+        loss = measure(start)
+        if loss is None:
+            continue
+        if loss > TOLERATED * first_loss:
+            break
+        kept = start
+    return kept
+
+
+def _uniform_start(problem: SearchProblem, last: float) -> list[Decrement]:
+    """FFN alone, where there is any."""
+    only_attention = all(variable.of_heads for variable in problem.variables)
+    return problem.by_share(uniform_shares(problem, attention=1.0 if only_attention else 0.0, last=last))
 
 
 def _named(problem: SearchProblem, orders: Orders) -> list[Proposal]:

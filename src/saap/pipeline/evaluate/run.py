@@ -107,9 +107,12 @@ def _dense_model(
 
 
 def check_request(
-    request: EvalRequest,
+    request: EvalRequest, *, fetch: bool = True
 ) -> tuple[Sequence[generation.Prompt], Sequence[Sequence[dict[str, Any]]]]:
-    """Reject invalid requests without loading a model. Returns the requested prompts and conversations."""
+    """Reject invalid requests without loading a model. Returns the requested prompts and conversations.
+
+    fetch: whether the rows of tasks are fetched from the hub for it.
+    """
     for measured, names, flags in (  # not by the settings: --generation names the prompts after these are checked
         ([request.prompts], ("generated_tokens", "seed"), "--generation or --prompts"),
         ([request.prompts, request.dense, request.speed], ("dense_revision", "dense_trust_remote_code"), "--dense"),
@@ -119,7 +122,7 @@ def check_request(
     if request.speed is not None:
         request.speed.runtime.check()
     if request.tasks:
-        check_tasks(request.tasks, request.task_data, request.limit)
+        check_tasks(request.tasks, request.task_data, request.limit, fetch=fetch)
     for source in request.texts:
         if source != generation.BUNDLED:
             texts.check_source(source)

@@ -278,7 +278,7 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     Raises SaapError.
     """
     pick_device(recipe.device)
-    _check_requests(recipe)
+    _check_requests(recipe, fetch=False)
     resolved = resolve_model(recipe.model, recipe.revision, recipe.trust_remote_code, weights=False)
     dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
     tokenizer = load_tokenizer(resolved)
@@ -342,7 +342,7 @@ def _pruned(
     return rows
 
 
-def _check_requests(recipe: Recipe) -> None:
+def _check_requests(recipe: Recipe, *, fetch: bool = True) -> None:
     """Reject exports and reports without their packages, and unknown texts and tasks."""
     calibration = () if recipe.prune is None else recipe.prune.calibration
     training = () if recipe.recover is None else recipe.recover.data
@@ -353,4 +353,4 @@ def _check_requests(recipe: Recipe) -> None:
     for wanted in recipe.export.values():
         check_packages(wanted)
     for request in recipe.eval.values():
-        check_request(request)
+        check_request(request, fetch=fetch)
