@@ -147,6 +147,13 @@ def test_unknown_tasks_get_near_names(tmp_path) -> None:
         EvalRequest(tasks=("arc_easy",), limit=0)
 
 
+def test_the_names_of_tasks_are_checked_without_their_rows(monkeypatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the rows were fetched"))
+    check_tasks(["arc_easy"], None, fetch=False)
+    with pytest.raises(EvaluationError, match="hellaswag"):
+        check_tasks(["helaswag"], None, fetch=False)
+
+
 def test_a_single_question_has_no_standard_error(model, tmp_path) -> None:
     write(tmp_path, "made.test.jsonl", local_rows()[:1])
     (one,) = evaluate_tasks(*model, ["made"], data=tmp_path).values()
