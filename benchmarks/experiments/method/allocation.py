@@ -64,9 +64,9 @@ class Profile:
         return (self.attention if variable.of_heads else 1.0) * (1 + self.slope * ((2 * layer + 1) / blocks - 1))
 
 
-DEFAULT, KNAPSACK = "uniform", "knapsack"
+DEFAULT, KNAPSACK = "default search", "knapsack"
 PROFILES = {
-    DEFAULT: Profile(meaning="the same share of every FFN, the first 4 and last 2 of 30 blocks protected"),
+    "uniform": Profile(meaning="the same share of every FFN, the first 4 and last 2 of 30 blocks protected"),
     "first 6": Profile(meaning="as uniform, with the first 6 protected", first=6 / 30),
     "last 4": Profile(meaning="as uniform, with the last 4 protected", last=4 / 30),
     "last 8": Profile(meaning="as uniform, with the last 8 protected", last=8 / 30),
@@ -84,7 +84,7 @@ ALLOCATIONS = {
     "module importance": "shares by the importance of modules, attention at 0.3 of an FFN",
     "importance": "all units ranked by token-level Fisher score per parameter",
     "second-order": "all units ranked by second-order cost per parameter, after compensation",
-    "evolution": "what the default search chooses of its candidates, each measured as a whole, masked",
+    DEFAULT: "what the search of the preset `default` chooses, by the masked loss of whole plans",
     KNAPSACK: "a loss curve of each module alone, after compensation; a knapsack over all of them",
 }
 LEVELS = (0.2, 0.5, 1.0)
@@ -169,7 +169,7 @@ class Prepared:
     def plan(self, name: str, ratio: float) -> StructurePlan:
         """The plan of one allocation for one budget."""
         graph, budget = self._dense.graph, budget_for_ratio(self._dense.graph, ratio)
-        if name == "evolution":
+        if name == DEFAULT:
             guide = SearchGuide(evaluator=self._masking, evaluations=self._candidates, restores=True)
             return search(graph, self._scores, budget, self._space, Strategy.ADAPTIVE, guide)
         problem = SearchProblem(graph, build_variables(graph, self._space), self._scores, budget)
@@ -245,14 +245,13 @@ def summarise(cells: Cells) -> Values:
         model, ratio, name = cell.split("/")
         mean = geometric_mean([*values["restored"].values()])
         tables.setdefault(f"{model}, {float(ratio):.0%}", {})[name] = {**values, "mean": mean}
-    best = {where: min(rows, key=lambda name: rows[name]["mean"]) for where, rows in tables.items()}
     behind = {
-        where: rows[DEFAULT]["mean"] / rows[best[where]]["mean"] - 1
+        where: rows[DEFAULT]["mean"] / min(row["mean"] for row in rows.values()) - 1
         for where, rows in tables.items()
         if DEFAULT in rows
     }
     near = sum(share <= LEVEL for share in behind.values())
     return {
-        "tables": tables, "meaning": ALLOCATIONS, "best": best, "behind": behind, "near": near, "level": LEVEL,
+        "tables": tables, "meaning": ALLOCATIONS, "behind": behind, "near": near, "level": LEVEL,
         "most": max(behind.values(), default=0.0),
     }  # fmt: skip
