@@ -39,13 +39,12 @@ ROLES = (PrunableRole.FFN, PrunableRole.ATTENTION)
 class Variant:
     """What is done, in words and settings.
 
-    candidates: the setting that says how many the search measures. protected: whether both ends are. importance:
-    whether it weighs in the choice of units. how: the least squares, None for none. distilled: share of the tokens for
-    the distillation.
+    search: whether candidates are measured. protected: whether both ends are. importance: whether it weighs in the
+    choice of units. how: the least squares, None for none. distilled: share of the tokens for the distillation.
     """
 
     meaning: str
-    candidates: str = "candidates"
+    search: bool = False
     protected: bool = True
     importance: bool = True
     how: ReconstructionSettings | None = field(default_factory=ReconstructionSettings)
@@ -54,7 +53,9 @@ class Variant:
 
 EVERYTHING = "everything"
 VARIANTS: Mapping[str, Variant] = {
-    EVERYTHING: Variant(meaning="the preset `fast`: half of the tokens for least squares, half for the distillation"),
+    EVERYTHING: Variant(
+        meaning="the preset `fast` without its search: half of the tokens for least squares, half for the distillation"
+    ),
     "least squares alone": Variant(meaning="no distillation, all tokens for least squares", distilled=0.0),
     "own units": Variant(
         meaning="the plan's units by importance, not those chosen on the pruned stream",
@@ -66,17 +67,15 @@ VARIANTS: Mapping[str, Variant] = {
         how=ReconstructionSettings(residual_target=False),
     ),
     "ends too": Variant(meaning="the layers at both ends lose as much as the others", protected=False),
-    "no search": Variant(meaning="the first structure unmeasured, its last 2 of 30 blocks protected", candidates=""),
-    "more search": Variant(meaning="with the search of the preset `default`", candidates="more candidates"),
+    "search": Variant(meaning="with the search of the preset `default` on top", search=True),
     "cut only": Variant(meaning="neither least squares nor distillation", how=None, distilled=0.0),
 }
 CELLS = [f"{model}/{name}" for model in MODELS for name in VARIANTS]
-FAST = PRESETS[Preset.FAST]
+FAST, SEARCHED = PRESETS[Preset.FAST], PRESETS[Preset.DEFAULT]
 SETTINGS = {
     "calibration": "mixed", "seed": 0, "pruning ratio": 0.2, "samples": Scaled(4, 50),
-    "sample length": Scaled(32, FAST.sample_length), "candidates": Scaled(3, FAST.search_evaluations),
-    "more candidates": Scaled(4, PRESETS[Preset.DEFAULT].search_evaluations),
-    "held-out samples": Scaled(2, FAST.held_sequences), "refit sequences": Scaled(8, FAST.refit_sequences),
+    "sample length": Scaled(32, FAST.sample_length), "candidates": Scaled(3, SEARCHED.search_evaluations),
+    "held-out samples": Scaled(2, SEARCHED.held_sequences), "refit sequences": Scaled(8, FAST.refit_sequences),
     "refit length": Scaled(64, FAST.refit_length), "measured tokens": Scaled(512, 8192),
 }  # fmt: skip
 SMOKE = False
@@ -120,10 +119,12 @@ class Pruning:
         graph = self._dense.graph
         ends = None if variant.protected else SkipLayers()
         space = SearchSpace(roles=ROLES, layout=Layout.ADAPTIVE, align=self._dense.align, skip_layers=ends)
-        guide = SearchGuide(
-            evaluator=self._evaluator, evaluations=self._chosen.get(variant.candidates, 0),
-            restores=variant.how is not None, seed=self._chosen["seed"],
-        )  # fmt: skip
+        guide = SearchGuide()
+        if variant.search:
+            guide = SearchGuide(
+                evaluator=self._evaluator, evaluations=self._chosen["candidates"],
+                restores=variant.how is not None, seed=self._chosen["seed"],
+            )  # fmt: skip
         budget = budget_for_ratio(graph, self._chosen["pruning ratio"])
         return search(graph, self._scores, budget, space, Strategy.ADAPTIVE, guide)
 
