@@ -163,25 +163,23 @@ def test_a_candidate_must_be_clearly_better_than_the_first_start(least: float, k
 
 
 @pytest.mark.parametrize(
-    ("restores", "each", "protected"), [(True, 0.0, 5), (True, 0.015, 3), (True, 0.045, 1), (False, 0.0, 1)]
+    ("wanted", "evaluations"), [((2, 1), 12), ((2, 4), 12), ((4, 1), 12), ((1, 0), 12), ((2, 3), 3)]
 )
-def test_before_a_reconstruction_the_most_of_the_last_blocks_are_protected_at_a_tolerated_loss(
-    restores: bool, each: float, protected: int
-) -> None:
+def test_the_protected_ends_move_as_long_as_the_loss_falls(wanted: tuple[int, int], evaluations: int) -> None:
     deep = graph(15)
 
-    def last_whole(keep) -> int:
-        """How many of the last blocks keep all of their FFN."""
+    def ends(keep) -> tuple[int, int]:
+        """How many of the first and last blocks keep all of their FFN."""
         removed = [layer for layer in range(15) if len(keep.get(f"layers.{layer}.ffn", range(CHANNELS))) < CHANNELS]
-        return 14 - max(removed, default=0)
+        return min(removed), 14 - max(removed)
 
     def evaluator(keep, dropped) -> float:
-        return 1.0 + each * (last_whole(keep) - 1)
+        return 100.0 + sum(abs(found - one) for found, one in zip(ends(keep), wanted, strict=True))
 
-    guide = SearchGuide(evaluator=evaluator, evaluations=6, restores=restores)
-    found = search(deep, scores(deep), budget_for_ratio(deep, 0.1), space(), Strategy.ADAPTIVE, guide)
-    assert last_whole(found.keep) == protected
-    assert found.trail[0].loss == evaluator(found.keep, ())
+    guide = SearchGuide(evaluator=evaluator, evaluations=evaluations)
+    found = search(deep, scores(deep), budget_for_ratio(deep, 0.2), space(), Strategy.ADAPTIVE, guide)
+    assert ends(found.keep) == wanted
+    assert found.trail[0].loss == 100
 
 
 def test_blocks_are_dropped_by_measured_loss() -> None:

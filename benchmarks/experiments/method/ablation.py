@@ -122,9 +122,8 @@ class Pruning:
         guide = SearchGuide()
         if variant.search:
             guide = SearchGuide(
-                evaluator=self._evaluator, evaluations=self._chosen["candidates"],
-                restores=variant.how is not None, seed=self._chosen["seed"],
-            )  # fmt: skip
+                evaluator=self._evaluator, evaluations=self._chosen["candidates"], seed=self._chosen["seed"]
+            )
         budget = budget_for_ratio(graph, self._chosen["pruning ratio"])
         return search(graph, self._scores, budget, space, Strategy.ADAPTIVE, guide)
 

@@ -59,7 +59,7 @@ class Profile:
     def share(self, variable: DecisionVariable, blocks: int) -> float:
         """The share that a module loses, relative to the others."""
         layer = variable.groups[0].layer
-        if layer in protected_layers(blocks, first=self.first, last=self.last):
+        if layer in protected_layers(blocks, (round(self.first * blocks), round(self.last * blocks))):
             return 0.0
         return (self.attention if variable.of_heads else 1.0) * (1 + self.slope * ((2 * layer + 1) / blocks - 1))
 
@@ -170,7 +170,7 @@ class Prepared:
         """The plan of one allocation for one budget."""
         graph, budget = self._dense.graph, budget_for_ratio(self._dense.graph, ratio)
         if name == DEFAULT:
-            guide = SearchGuide(evaluator=self._masking, evaluations=self._candidates, restores=True)
+            guide = SearchGuide(evaluator=self._masking, evaluations=self._candidates)
             return search(graph, self._scores, budget, self._space, Strategy.ADAPTIVE, guide)
         problem = SearchProblem(graph, build_variables(graph, self._space), self._scores, budget)
         proposals: dict[str, Callable[[], Proposal]] = {

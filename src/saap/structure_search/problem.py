@@ -70,13 +70,12 @@ class SearchGuide:
     """What a strategy may go by, beyond the scores.
 
     costs: second-order costs, from which the best unmeasured proposal follows. evaluator: measures structures; None, or
-    `evaluations` below 2, takes the first start unmeasured. restores: whether a reconstruction follows.
+    `evaluations` below 2, takes the first start unmeasured.
     """
 
     costs: SecondOrder | None = None
     evaluator: Evaluator | None = None
     evaluations: int = 0
-    restores: bool = False
     seed: int = 0
     progress: Progress = silent
 

@@ -27,17 +27,12 @@ SPREAD = 0.3
 
 # Protecting both ends was measured to beat every rule driven by importance (SmolLM2: first 4 and last 2 of 30 layers).
 FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
-MORE_LAST_SHARES = (4 / 30, 6 / 30, 8 / 30, 10 / 30)
-"""Shares of the last blocks that a search before a reconstruction tries to protect instead."""
-TOLERATED = 1.04
-"""By how much more of those may increase the loss over LAST_SHARE's.
-
-Whole blocks at the end are reconstructed too, and correct errors of earlier ones, which masked losses do not show.
-"""
+END_STEP, MOST_PROTECTED = 2 / 30, 20 / 30
+"""By how many of all blocks the search moves an end, and how many at most it protects."""
 WAVES = 4
 MUTATION_SCALE = 0.3
 CLEARLY_BETTER = 0.95
-"""Share of the first start's loss that a candidate must be below.
+"""Share of the best start's loss that a candidate of another kind must be below.
 
 Smaller differences on so few held-out tokens are noise: SmolLM2 without 30 % of its blocks, 4 % better there, had 1.36
 times the perplexity on other text. And a reconstruction recovers more of the loss of removed FFN channels than of
@@ -148,10 +143,9 @@ def module_shares(variables: Sequence[DecisionVariable], scores: Scores, *, atte
 def adaptive(problem: SearchProblem) -> Proposal:
     """The candidate with the least measured loss, with the trail of all that were measured.
 
-    The first start is kept unless that loss is clearly less than its own; before a reconstruction, the uniform start
-    with the most of the last blocks protected that does not lose much more. The starts come first, one for each order
-    of units; then, in the order of the best of them, the named candidates and an evolution from the best candidate, in
-    which a child that is better becomes the parent.
+    The starts come first, one for each order of units; then the first of them with other protected ends, if it is
+    uniform. The best of these is kept unless another loses clearly less: in the order of the best, the named candidates
+    and an evolution from the best candidate, in which a child that is better becomes the parent.
     """
     guide, ranking = problem.guide, _ranking(problem)
     starts, evaluator = _starts(problem, ranking), guide.evaluator
@@ -171,8 +165,7 @@ def adaptive(problem: SearchProblem) -> Proposal:
 
     for start in starts:
         measure(start)
-    first_loss, first = measured[0]
-    kept = first if ranking is not None else _more_protected(problem, first, first_loss, measure)
+    kept_loss, kept = _with_better_ends(problem, starts, measured[0][0], measure)
     orders = min(measured, key=itemgetter(0))[1].orders
     for proposal in _named(problem, orders):
         measure(proposal)
@@ -189,25 +182,27 @@ def adaptive(problem: SearchProblem) -> Proposal:
             failures += 1
         elif loss < best_loss:
             best_loss, best, parent = loss, child, genes
-    if best_loss > CLEARLY_BETTER * first_loss:
+    if best_loss > CLEARLY_BETTER * kept_loss:
         best = kept
     order = sorted(measured, key=lambda one: (one[1] is not best, one[0]))
     trail = (Candidate(name=proposal.name, loss=loss) for loss, proposal in order)
     return dataclasses.replace(best, trail=tuple(trail))
 
 
-def protected_layers(blocks: int, *, first: float = FIRST_SHARE, last: float = LAST_SHARE) -> tuple[int, ...]:
-    """Layers at both ends that lose least, by default or by these shares of all blocks."""
-    start, end = round(first * blocks), blocks - round(last * blocks)
-    return tuple(layer for layer in range(blocks) if layer < start or layer >= end)
+def default_ends(blocks: int) -> tuple[int, int]:
+    """How many of the first and of the last blocks are protected by default."""
+    return round(FIRST_SHARE * blocks), round(LAST_SHARE * blocks)
 
 
-def uniform_shares(problem: SearchProblem, *, attention: float, last: float = LAST_SHARE) -> list[float]:
-    """Share of each variable under the uniform rule: 1, `attention` for attention modules, 0 at protected layers.
+def protected_layers(blocks: int, ends: tuple[int, int] | None = None) -> tuple[int, ...]:
+    """Layers at both ends that lose least: so many of the first and of the last, or the default."""
+    first, last = ends if ends is not None else default_ends(blocks)
+    return tuple(layer for layer in range(blocks) if layer < first or layer >= blocks - last)
 
-    last: share of the blocks at the end that are protected.
-    """
-    protected = set(protected_layers(len(problem.graph.blocks), last=last)) if problem.protects_ends else set[int]()
+
+def uniform_shares(problem: SearchProblem, *, attention: float, ends: tuple[int, int] | None = None) -> list[float]:
+    """Share of each variable under the uniform rule: 1, `attention` for attention modules, 0 at protected layers."""
+    protected = set(protected_layers(len(problem.graph.blocks), ends)) if problem.protects_ends else set[int]()
     return [
         0.0 if all(group.layer in protected for group in one.groups) else attention if one.of_heads else 1.0
         for one in problem.variables
@@ -228,30 +223,36 @@ def _starts(problem: SearchProblem, ranking: Sequence[Decrement] | None) -> list
     starts, guide = [], problem.guide
     if ranking is not None and guide.costs is not None:
         starts.append(problem.propose("second-order cost", ranking, {**guide.costs.orders}))
-    name, decrements = "uniform, ends protected", _uniform_start(problem, LAST_SHARE)
+    name, decrements = "uniform, ends protected", _uniform_start(problem)
     return [*starts, problem.propose(name, decrements, importance_order(problem.scores))]
 
 
-def _more_protected(
-    problem: SearchProblem, kept: Proposal, first_loss: float, measure: Callable[[Proposal], float | None]
-) -> Proposal:
-    """The uniform start that protects the most of the last blocks at a tolerated loss; `kept` if no other does."""
-    for last in MORE_LAST_SHARES if problem.guide.restores else ():
-        name = f"uniform, last {round(last * len(problem.graph.blocks))} protected"
-        start = problem.propose(name, _uniform_start(problem, last), kept.orders)
-        loss = measure(start)
-        if loss is None:
-            continue
-        if loss > TOLERATED * first_loss:
-            break
-        kept = start
-    return kept
+def _with_better_ends(
+    problem: SearchProblem, starts: Sequence[Proposal], first_loss: float, measure: Callable[[Proposal], float | None]
+) -> tuple[float, Proposal]:
+    """The first start and its loss; a uniform one with its ends moved one step at a time as long as the loss falls."""
+    blocks = len(problem.graph.blocks)
+    ends, best_loss, best = default_ends(blocks), first_loss, starts[0]
+    step = max(1, round(END_STEP * blocks))
+    movable = len(starts) == 1 and problem.protects_ends
+    for first, last in ((0, step), (step, 0), (0, -step), (-step, 0)) if movable else ():
+        while True:
+            moved = (ends[0] + first, ends[1] + last)
+            if min(moved) < 0 or sum(moved) > MOST_PROTECTED * blocks:
+                break
+            name = f"uniform, first {moved[0]} and last {moved[1]} protected"
+            proposal = problem.propose(name, _uniform_start(problem, moved), starts[0].orders)
+            loss = measure(proposal)
+            if loss is None or loss >= best_loss:
+                break
+            ends, best_loss, best = moved, loss, proposal
+    return best_loss, best
 
 
-def _uniform_start(problem: SearchProblem, last: float) -> list[Decrement]:
+def _uniform_start(problem: SearchProblem, ends: tuple[int, int] | None = None) -> list[Decrement]:
     """FFN alone, where there is any."""
     only_attention = all(variable.of_heads for variable in problem.variables)
-    return problem.by_share(uniform_shares(problem, attention=1.0 if only_attention else 0.0, last=last))
+    return problem.by_share(uniform_shares(problem, attention=1.0 if only_attention else 0.0, ends=ends))
 
 
 def _named(problem: SearchProblem, orders: Orders) -> list[Proposal]:
