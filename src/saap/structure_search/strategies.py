@@ -31,12 +31,13 @@ END_STEP, MOST_PROTECTED = 2 / 30, 20 / 30
 """By how many of all blocks the search moves an end, and how many at most it protects."""
 WAVES = 4
 MUTATION_SCALE = 0.3
-CLEARLY_BETTER = 0.95
+CLEARLY_BETTER = 0.9
 """Share of the best start's loss that a candidate of another kind must be below.
 
-Smaller differences on so few held-out tokens are noise: SmolLM2 without 30 % of its blocks, 4 % better there, had 1.36
-times the perplexity on other text. And a reconstruction recovers more of the loss of removed FFN channels than of
-attention heads, which masked losses do not show.
+Smaller differences on so few held-out tokens say little of other text. SmolLM2 without 20 % of its blocks by one global
+ranking lost 9 % less there than by equal shares, and had 1.19 times the perplexity on other text after a
+reconstruction. And that recovers more of the loss of removed FFN channels than of attention heads, which masked losses
+do not show.
 """
 LEAST_SHARE = 0.02
 """What a module that loses nothing counts as losing, so that the evolution can remove something from it."""
