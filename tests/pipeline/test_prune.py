@@ -391,9 +391,9 @@ CHANGES = [
     {"importance": "fused"}, {"importance": "vector"}, {"importance": "element1"}, {"importance": "mixed"},
     {"num_samples": 7}, {"sample_length": 32}, {"refit_tokens": 4096}, {"seed": 1}, {"align": 16},
     {"strategy": "uniform"}, {"strategy": "second-order"}, {"strategy": "importance"}, {"strategy": "stability"},
-    {"strategy": "volatility-z"}, {"strategy": "volatility-cv"}, {"restore": False}, {"preset": "default"},
-    {"preset": "paper"}, {"skip_layers": (0, 0)}, {"roles": ["block"]}, {"layout": "uniform"},
-    {"method": "magnitude"},
+    {"strategy": "volatility-z"}, {"strategy": "volatility-cv"}, {"restore": False},
+    {"preset": "default", "sample_length": None}, {"preset": "paper"}, {"skip_layers": (0, 0)}, {"roles": ["block"]},
+    {"layout": "uniform"}, {"method": "magnitude"},
 ]  # fmt: skip
 CHANGES_OF_FUSED = [{"element_order": "1"}, {"aggregation": "max"}, {"fusion_scope": "global"}]
 
