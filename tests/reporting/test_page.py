@@ -93,8 +93,8 @@ def check_in_browser(page: Path, folder: Path, charts: int) -> None:
 def test_a_model_page(model_folder, evaluation, tmp_path) -> None:
     page, out = model_page(model_folder, evaluation, tmp_path)
     assert [section.name for section in page.sections] == [
-        "kinds", "structure", "importance", "ratios", "perplexity", "tasks", "answers", "conversations", "speed",
-        "answer", "stages", "environment",
+        "kinds", "structure", "importance", "search", "ratios", "perplexity", "tasks", "answers", "conversations",
+        "speed", "answer", "stages", "environment",
     ]  # fmt: skip
     names = [figure.name for figure in page.figures]
     assert len(set(names)) == len(names)
