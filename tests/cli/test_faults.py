@@ -100,19 +100,13 @@ def test_tuning_killed_anywhere_and_taken_up(
     check_kills(runner, runner.recover, whole, undisturbed["events"], tmp_path)
 
 
-def test_pruning_offloaded_killed_anywhere_and_taken_up(
-    runner: Runner, first: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_pruning_offloaded_killed_anywhere_and_taken_up(runner: Runner, tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
         return runner.prune(out, "--max-memory", "1B")
 
     whole = tmp_path / "whole" / "out"
     (undisturbed,) = runner.run({"arguments": command(whole), "offloaded": True})
     assert undisturbed["code"] == 0, undisturbed["stderr"]
-    plans, expected = (
-        {name: value for name, value in digest(out).items() if "plan" in name} for out in (whole, first["whole"][0])
-    )
-    assert plans == expected
     check_kills(runner, command, whole, undisturbed["events"], tmp_path, offloaded=True)
 
 
