@@ -101,12 +101,19 @@ def test_tuning_killed_anywhere_and_taken_up(
 
 
 def test_pruning_offloaded_killed_anywhere_and_taken_up(runner: Runner, tmp_path: Path) -> None:
-    def command(out: Path) -> list[str]:
-        return runner.prune(out, "--max-memory", "1B")
+    # one strategy for both: a search evaluates fewer candidates with weights in files
+    strategy = ("--strategy", "uniform")
 
-    whole = tmp_path / "whole" / "out"
-    (undisturbed,) = runner.run({"arguments": command(whole), "offloaded": True})
-    assert undisturbed["code"] == 0, undisturbed["stderr"]
+    def command(out: Path) -> list[str]:
+        return runner.prune(out, "--max-memory", "1B", *strategy)
+
+    whole, here = tmp_path / "whole" / "out", tmp_path / "here" / "out"
+    undisturbed, in_memory = runner.run(
+        {"arguments": command(whole), "offloaded": True}, {"arguments": runner.prune(here, *strategy)}
+    )
+    assert undisturbed["code"] == in_memory["code"] == 0, undisturbed["stderr"]
+    plans, expected = ({name: value for name, value in digest(out).items() if "plan" in name} for out in (whole, here))
+    assert plans == expected
     check_kills(runner, command, whole, undisturbed["events"], tmp_path, offloaded=True)
 
 
