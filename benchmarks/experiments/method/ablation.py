@@ -121,9 +121,7 @@ class Pruning:
         space = SearchSpace(roles=ROLES, layout=Layout.ADAPTIVE, align=self._dense.align, skip_layers=ends)
         guide = SearchGuide()
         if variant.search:
-            guide = SearchGuide(
-                evaluator=self._evaluator, evaluations=self._chosen["candidates"], seed=self._chosen["seed"]
-            )
+            guide = SearchGuide(evaluator=self._evaluator, evaluations=self._chosen["candidates"])
         budget = budget_for_ratio(graph, self._chosen["pruning ratio"])
         return search(graph, self._scores, budget, space, Strategy.ADAPTIVE, guide)
 

@@ -92,7 +92,7 @@ LEVELS = (0.2, 0.5, 1.0)
 MEASURED = ("wikitext2", "novel")
 SETTINGS = {
     "model": "{model}", "calibration": MIXED, "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
-    "held-out samples": Scaled(2, 8), "refit sequences": Scaled(4, 16), "refit length": Scaled(64, 512),
+    "held-out samples": Scaled(2, PRESETS[Preset.DEFAULT].held_sequences), "refit sequences": Scaled(4, 16), "refit length": Scaled(64, 512),
     "candidates": Scaled(3, PRESETS[Preset.DEFAULT].search_evaluations), "measured tokens": Scaled(512, 4096),
 }  # fmt: skip
 PARTIAL = True
@@ -198,7 +198,7 @@ class Prepared:
 
     def loss(self, plan: StructurePlan) -> float:
         """What the search goes by: the loss of the masked model on held-out samples, in nats per token."""
-        return self._masking(plan.keep)
+        return float(self._masking(plan.keep).mean())
 
     def restored(self, plan: StructurePlan) -> nn.Module:
         """The pruned model after the reconstruction, which chooses the units at the plan's counts."""
@@ -214,7 +214,7 @@ def loss_curve(variable: DecisionVariable, orders: dict[str, np.ndarray], evalua
         removed = variable.units - size
         keep = {one.name: tuple(np.sort(orders[one.name][removed:]).tolist()) for one in variable.groups}
         points.append(float(removed))
-        losses.append(max(losses[-1], evaluator(keep)))
+        losses.append(max(losses[-1], float(evaluator(keep).mean())))
     return np.interp([variable.units - size for size in variable.sizes], points, losses)
 
 

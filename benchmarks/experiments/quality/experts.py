@@ -99,7 +99,7 @@ def adaptive_counts(request: Request, dense: Dense) -> Values:
     samples, texts = dense.samples(CALIBRATIONS[0], chosen["seed"], **sizes), texts_for(dense, chosen)
     space = SearchSpace(roles=(PrunableRole.EXPERT,), layout=Layout.ADAPTIVE, align=1)
     evaluator = StructureEvaluator(dense.backend, dense.ids(samples["held"]))
-    guide = SearchGuide(evaluator=evaluator, evaluations=preset.search_evaluations, seed=chosen["seed"])
+    guide = SearchGuide(evaluator=evaluator, evaluations=preset.search_evaluations)
     found: dict[str, dict[str, Values]] = {}
     for score in COMPARED:
         units, found[str(score)] = scores_of(dense, samples["scored"], score), {}

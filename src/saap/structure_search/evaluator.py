@@ -4,9 +4,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from itertools import zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from saap.core.records import FloatArray
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.least_squares import compensated
 from saap.models.structure.linear import weight_out_in
@@ -45,16 +47,19 @@ class StructureEvaluator:
         self._dense = self._last_hidden()
         self._weights: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
 
-    def __call__(self, keep: _Keep, dropped_blocks: tuple[int, ...] = ()) -> float:
-        """Loss of the structure that keeps the units in `keep`. The first process calls, the others serve."""
+    def __call__(self, keep: _Keep, dropped_blocks: tuple[int, ...] = ()) -> FloatArray:
+        """Losses of the structure that keeps the units in `keep`, (sequences,); their mean is that of a token.
+
+        The first process calls, the others serve.
+        """
         self._processes.broadcast_result(lambda: (dict(keep), dropped_blocks))
-        return self._loss(keep, dropped_blocks)
+        return self._losses(keep, dropped_blocks)
 
     def serve(self) -> None:
         """Take part in every evaluation of the first process, until it is done."""
         nothing: tuple[_Keep, tuple[int, ...]] | None = None
         while (structure := self._processes.broadcast_result(lambda: nothing)) is not None:
-            self._loss(*structure)
+            self._losses(*structure)
 
     def done(self) -> None:
         """Let those that serve continue; compensated weights are of no use to other targets."""
@@ -62,7 +67,7 @@ class StructureEvaluator:
         self._processes.broadcast_result(lambda: None)
 
     @torch.no_grad()
-    def _loss(self, keep: _Keep, dropped_blocks: tuple[int, ...]) -> float:
+    def _losses(self, keep: _Keep, dropped_blocks: tuple[int, ...]) -> FloatArray:
         losing = {name: kept for name, kept in keep.items() if len(kept) < self._units[name]}
         others = {name: kept for name, kept in losing.items() if name not in self._grams}
         weights = dict(self._compensated(name, kept) for name, kept in losing.items() if name in self._grams)
@@ -77,7 +82,8 @@ class StructureEvaluator:
         ]
         every = self._processes.gather(rows)
         batches = [batch for turn in zip_longest(*every, fillvalue=[]) for batch in turn]
-        return sum(value for batch in batches for value in batch) / self._predictions
+        values = np.array([value for batch in batches for value in batch])
+        return values * (len(values) / self._predictions)
 
     def _divergence(self, dense: Tensor, hidden: Tensor, counted: Tensor) -> float:
         """Sum over tokens of KL(dense || pruned). dense, hidden: (length, width). counted: (length,) bool."""

@@ -117,7 +117,7 @@ def flat_scores(graph: ModelGraph) -> Mapping[str, UnitScores]:
 
 def check_reachable(graph: ModelGraph, budget: AnyBudget | None, space: SearchSpace) -> StructurePlan:
     """A plan that meets the budget, made without scores; None removes nothing. Raises TargetError if there is none."""
-    alike = SearchGuide(evaluator=lambda keep, dropped: 0.0)
+    alike = SearchGuide(evaluator=lambda keep, dropped: np.zeros(1))
     return search(graph, flat_scores(graph), budget or Budget(removal=0), space, Strategy.UNIFORM, alike)
 
 
@@ -259,7 +259,7 @@ def _blocks_to_drop(
 
     def loss(layer: int) -> float:
         if evaluator is not None:
-            return evaluator({}, (layer,))
+            return float(evaluator({}, (layer,)).mean())
         return float(sum(scores[group.name].mean.sum() for group in graph.in_block(layer) if group.name in scores))
 
     alone = len(space.roles) == 1

@@ -13,7 +13,7 @@ from saap.structure_search.second_order import SecondOrder
 Scores = Mapping[str, UnitScores]
 Orders = Mapping[str, IntArray]
 """By group, its units from the first to be removed to the last."""
-Evaluator = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
+Evaluator = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], FloatArray]
 """Loss of a structure, given its kept units and dropped blocks."""
 
 
@@ -69,14 +69,13 @@ class Proposal:
 class SearchGuide:
     """What a strategy may go by, beyond the scores.
 
-    costs: second-order costs, from which the best unmeasured proposal follows. evaluator: measures structures; None, or
-    `evaluations` below 2, takes the first start unmeasured.
+    costs: second-order costs, from which the best unmeasured proposal follows. evaluator: gives the losses of a
+    structure, (samples,); None, or `evaluations` below 2, takes the first start unmeasured.
     """
 
     costs: SecondOrder | None = None
     evaluator: Evaluator | None = None
     evaluations: int = 0
-    seed: int = 0
     progress: Progress = silent
 
 

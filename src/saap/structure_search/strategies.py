@@ -6,8 +6,8 @@ The two indicators below are our readings of it. The default strategy chooses am
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from operator import itemgetter
-from typing import Any
+from operator import add
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from saap.core.records import Candidate, FloatArray, IntArray, UnitScores
 from saap.structure_search.problem import (
     DecisionVariable,
     Decrement,
+    Evaluator,
     Orders,
     Proposal,
     Scores,
@@ -29,18 +30,8 @@ SPREAD = 0.3
 FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
 END_STEP, MOST_PROTECTED = 2 / 30, 20 / 30
 """By how many of all blocks the search moves an end, and how many at most it protects."""
-WAVES = 4
-MUTATION_SCALE = 0.3
-CLEARLY_BETTER = 0.9
-"""Share of the best start's loss that a candidate of another kind must be below.
-
-Smaller differences on so few held-out tokens say little of other text. SmolLM2 without 20 % of its blocks by one global
-ranking lost 9 % less there than by equal shares, and had 1.19 times the perplexity on other text after a
-reconstruction. And that recovers more of the loss of removed FFN channels than of attention heads, which masked losses
-do not show.
-"""
-LEAST_SHARE = 0.02
-"""What a module that loses nothing counts as losing, so that the evolution can remove something from it."""
+ATTENTION_STEP = 0.5
+"""By how much the search moves the share of attention modules, relative to an FFN's."""
 
 
 def uniform(problem: SearchProblem) -> Proposal:
@@ -141,53 +132,97 @@ def module_shares(variables: Sequence[DecisionVariable], scores: Scores, *, atte
     return shares.tolist()
 
 
+class _Shares(NamedTuple):
+    """A uniform plan: what an attention module loses relative to an FFN, and how many blocks are protected at the ends.
+
+    As a move, by how much each of the three changes.
+    """
+
+    attention: float
+    first: int
+    last: int
+
+
+class _Measured(NamedTuple):
+    """A candidate and its losses on the held-out samples, (samples,)."""
+
+    proposal: Proposal
+    losses: FloatArray
+
+    def is_clearly_better(self, other: "_Measured") -> bool:
+        """Whether its loss is lower by more than the standard error of the mean difference."""
+        difference = other.losses - self.losses
+        error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        return bool(difference.mean() > error)
+
+
+class _Trail:
+    """The candidates that were measured, each once, and no more than the problem allows."""
+
+    def __init__(self, problem: SearchProblem, evaluator: Evaluator) -> None:
+        self._problem, self._evaluator = problem, evaluator
+        self.measured: list[_Measured] = []
+
+    def add(self, proposal: Proposal) -> _Measured | None:
+        """Its losses; None if the same plan is there already, or no evaluation is left."""
+        known = any(one.orders is proposal.orders and one.sizes == proposal.sizes for one, _ in self.measured)
+        if known or len(self.measured) >= self._problem.guide.evaluations:
+            return None
+        keep = proposal.keep(self._problem.variables)
+        self.measured.append(_Measured(proposal, self._evaluator(keep, self._problem.dropped)))
+        self._problem.guide.progress(len(self.measured), self._problem.guide.evaluations)
+        return self.measured[-1]
+
+    def moved(self, start: _Measured) -> _Measured:
+        """A uniform plan after all moves that make it clearly better, in the order of `_moves`."""
+        problem, shares = self._problem, _default_shares(self._problem)
+        for move in _moves(problem):
+            while _allowed(moved := _Shares(*map(add, shares, move)), problem):
+                found = self.add(_by_shares(problem, moved, start.proposal.orders))
+                if found is None or not found.is_clearly_better(start):
+                    break
+                shares, start = moved, found
+        return start
+
+    def of(self, best: _Measured) -> Proposal:
+        """The best proposal, with all that were measured."""
+        losses = {id(one): float(one.losses.mean()) for one in self.measured}
+        order = sorted(self.measured, key=lambda one: (one is not best, losses[id(one)]))
+        trail = tuple(Candidate(name=one.proposal.name, loss=losses[id(one)]) for one in order)
+        return dataclasses.replace(best.proposal, trail=trail)
+
+
 def adaptive(problem: SearchProblem) -> Proposal:
     """The candidate with the least measured loss, with the trail of all that were measured.
 
-    The starts come first, one for each order of units; then the first of them with other protected ends, if it is
-    uniform. The best of these is kept unless another loses clearly less: in the order of the best, the named candidates
-    and an evolution from the best candidate, in which a child that is better becomes the parent.
+    First comes one ranking of all units by second-order cost, where that is known; then a uniform plan, FFN alone and
+    both ends protected, from which attention's share and the protected ends move step by step; and plans by the
+    importance of modules and of units. One candidate replaces another only if its loss is lower by more than the
+    standard error of the difference, as in the one-standard-error rule of Breiman et al. (1984): the fewer samples, the
+    larger must a difference be.
     """
-    guide, ranking = problem.guide, _ranking(problem)
-    starts, evaluator = _starts(problem, ranking), guide.evaluator
-    if evaluator is None or guide.evaluations < 2:
+    starts, evaluator = _starts(problem), problem.guide.evaluator
+    if evaluator is None or problem.guide.evaluations < 2:
         return starts[0]
-    measured: list[tuple[float, Proposal]] = []
-
-    def measure(proposal: Proposal) -> float | None:
-        """Its loss; None if it is known already, or no evaluation is left."""
-        known = any(one.orders is proposal.orders and one.sizes == proposal.sizes for _, one in measured)
-        if known or len(measured) >= guide.evaluations:
-            return None
-        loss = evaluator(proposal.keep(problem.variables), problem.dropped)
-        measured.append((loss, proposal))
-        guide.progress(len(measured), guide.evaluations)
-        return loss
-
+    trail = _Trail(problem, evaluator)
     for start in starts:
-        measure(start)
-    kept_loss, kept = _with_better_ends(problem, starts, measured[0][0], measure)
-    orders = min(measured, key=itemgetter(0))[1].orders
-    for proposal in _named(problem, orders):
-        measure(proposal)
-    best_loss, best = min(measured, key=itemgetter(0))
-    pairs = zip(problem.variables, best.sizes, strict=True)
-    shares = [max((variable.units - size) / variable.units, LEAST_SHARE) for variable, size in pairs]
-    decrements = ranking if ranking is not None and best is starts[0] else problem.by_share(shares)
-    generator, parent, failures = np.random.default_rng(guide.seed), np.zeros(WAVES + 1), 0
-    while len(measured) < guide.evaluations and failures < 20:
-        genes = parent + generator.normal(0, MUTATION_SCALE, WAVES + 1)
-        child = problem.propose(f"evolution {len(measured)}", _mutated(problem, decrements, genes), orders)
-        loss = measure(child)
-        if loss is None:
-            failures += 1
-        elif loss < best_loss:
-            best_loss, best, parent = loss, child, genes
-    if best_loss > CLEARLY_BETTER * kept_loss:
-        best = kept
-    order = sorted(measured, key=lambda one: (one[1] is not best, one[0]))
-    trail = (Candidate(name=proposal.name, loss=loss) for loss, proposal in order)
-    return dataclasses.replace(best, trail=tuple(trail))
+        trail.add(start)
+    best, uniform_start = trail.measured[0], trail.measured[-1]
+    others = [trail.add(proposal) for proposal in _by_importance(problem, starts[0].orders)]
+    for other in (trail.moved(uniform_start), *others):
+        if other is not None and other.is_clearly_better(best):
+            best = other
+    return trail.of(best)
+
+
+def _starts(problem: SearchProblem) -> list[Proposal]:
+    """The most promising first, in the same order of units: a ranking by second-order cost, if known; equal shares."""
+    ranking, costs = _ranking(problem), problem.guide.costs
+    if ranking is None or costs is None:
+        return [_by_shares(problem, _default_shares(problem), importance_order(problem.scores))]
+    orders = {**costs.orders}
+    equal = _by_shares(problem, _default_shares(problem), orders)
+    return [problem.propose("second-order cost", ranking, orders), equal]
 
 
 def default_ends(blocks: int) -> tuple[int, int]:
@@ -219,70 +254,37 @@ def _ranking(problem: SearchProblem) -> list[Decrement] | None:
     return problem.by_score(lambda name: costs.scores[name][costs.orders[name]])
 
 
-def _starts(problem: SearchProblem, ranking: Sequence[Decrement] | None) -> list[Proposal]:
-    """The most promising first: one global ranking by second-order cost; then FFN alone, both ends protected."""
-    starts, guide = [], problem.guide
-    if ranking is not None and guide.costs is not None:
-        starts.append(problem.propose("second-order cost", ranking, {**guide.costs.orders}))
-    name, decrements = "uniform, ends protected", _uniform_start(problem)
-    return [*starts, problem.propose(name, decrements, importance_order(problem.scores))]
-
-
-def _with_better_ends(
-    problem: SearchProblem, starts: Sequence[Proposal], first_loss: float, measure: Callable[[Proposal], float | None]
-) -> tuple[float, Proposal]:
-    """The first start and its loss; a uniform one with its ends moved one step at a time as long as the loss falls."""
-    blocks = len(problem.graph.blocks)
-    ends, best_loss, best = default_ends(blocks), first_loss, starts[0]
-    step = max(1, round(END_STEP * blocks))
-    movable = len(starts) == 1 and problem.protects_ends
-    for first, last in ((0, step), (step, 0), (0, -step), (-step, 0)) if movable else ():
-        while True:
-            moved = (ends[0] + first, ends[1] + last)
-            if min(moved) < 0 or sum(moved) > MOST_PROTECTED * blocks:
-                break
-            name = f"uniform, first {moved[0]} and last {moved[1]} protected"
-            proposal = problem.propose(name, _uniform_start(problem, moved), starts[0].orders)
-            loss = measure(proposal)
-            if loss is None or loss >= best_loss:
-                break
-            ends, best_loss, best = moved, loss, proposal
-    return best_loss, best
-
-
-def _uniform_start(problem: SearchProblem, ends: tuple[int, int] | None = None) -> list[Decrement]:
+def _default_shares(problem: SearchProblem) -> _Shares:
     """FFN alone, where there is any."""
-    only_attention = all(variable.of_heads for variable in problem.variables)
-    return problem.by_share(uniform_shares(problem, attention=1.0 if only_attention else 0.0, ends=ends))
+    return _Shares(float(all(one.of_heads for one in problem.variables)), *default_ends(len(problem.graph.blocks)))
 
 
-def _named(problem: SearchProblem, orders: Orders) -> list[Proposal]:
-    """Uniform plans with shares of attention, module importance, the literal readings.
-
-    orders: of the units in the plans that only say how much each module loses.
-    """
-    variables = problem.variables
-    portions = (0.0, 1.0) if any(variable.of_heads for variable in variables) else (1.0,)
-    shares = {
-        f"uniform, attention {portion:g}, ends protected": uniform_shares(problem, attention=portion)
-        for portion in portions
-    }
-    shares[f"module importance, spread {SPREAD:g}"] = module_shares(variables, problem.scores, attention=0.3)
-    return [
-        *(problem.propose(name, problem.by_share(each), orders) for name, each in shares.items()),
-        *(strategy(problem) for strategy in (importance, volatility_z, volatility_cv)),
-    ]
+def _by_shares(problem: SearchProblem, shares: _Shares, orders: Orders) -> Proposal:
+    parts = ["uniform"]
+    parts += [f"attention {shares.attention:g}"] if shares.attention and _of_both(problem) else []
+    parts += [f"first {shares.first} and last {shares.last} protected"] if problem.protects_ends else []
+    each = uniform_shares(problem, attention=shares.attention, ends=(shares.first, shares.last))
+    return problem.propose(", ".join(parts), problem.by_share(each), orders)
 
 
-def _mutated(problem: SearchProblem, decrements: Sequence[Decrement], genes: np.ndarray[Any, Any]) -> list[Decrement]:
-    """The same decrements at other costs: a factor for attention, and one that varies slowly over the depth.
+def _by_importance(problem: SearchProblem, orders: Orders) -> list[Proposal]:
+    """Plans in which importance decides how much each module loses: its own, or that of its units."""
+    shares = module_shares(problem.variables, problem.scores, attention=0.3)
+    return [problem.propose("module importance", problem.by_share(shares), orders), importance(problem)]
 
-    genes: (1 + WAVES,) logarithms; a gene of a wave is the amplitude of a cosine over the depth of the model.
-    """
-    depth = max(1, len(problem.graph.blocks))
-    factors = []
-    for variable in problem.variables:
-        place = (np.mean([group.layer for group in variable.groups]) + 0.5) / depth
-        waves = sum(gene * np.cos(np.pi * (index + 1) * place) for index, gene in enumerate(genes[1:]))
-        factors.append(float(np.exp(waves + (genes[0] if variable.of_heads else 0.0))))
-    return [dataclasses.replace(one, cost=one.cost * factors[one.variable]) for one in decrements]
+
+def _moves(problem: SearchProblem) -> list[_Shares]:
+    """Moves in the order in which they are tried, each as long as it improves the plan."""
+    step = max(1, round(END_STEP * len(problem.graph.blocks)))
+    ends = [_Shares(0, 0, step), _Shares(0, step, 0), _Shares(0, 0, -step), _Shares(0, -step, 0)]
+    return [*([_Shares(ATTENTION_STEP, 0, 0)] if _of_both(problem) else []), *(ends if problem.protects_ends else [])]
+
+
+def _allowed(shares: _Shares, problem: SearchProblem) -> bool:
+    protected = shares.first + shares.last
+    return shares.attention <= 1 and min(shares) >= 0 and protected <= MOST_PROTECTED * len(problem.graph.blocks)
+
+
+def _of_both(problem: SearchProblem) -> bool:
+    """Whether there are attention modules and others."""
+    return len({variable.of_heads for variable in problem.variables}) == 2

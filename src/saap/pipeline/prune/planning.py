@@ -145,7 +145,7 @@ def search_plan(
             return complete_plan(graph, target.plan, units)
         guide = SearchGuide(
             costs=None if costs is None else costs.second_order, evaluator=evaluator,
-            evaluations=search_evaluations(run), seed=config.seed, progress=run.meter.reporter.advance,
+            evaluations=search_evaluations(run), progress=run.meter.reporter.advance,
         )  # fmt: skip
         plan = search(graph, units, target.budget or Budget(removal=0), run.space, config.strategy, guide)
         if evaluator is not None:
