@@ -146,8 +146,12 @@ def test_adaptive_takes_from_attention_as_long_as_the_loss_falls() -> None:
     assert search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, guide) == found
 
 
-@pytest.mark.parametrize(("gains", "kept"), [([0.0, 0.2], False), ([0.1, 0.2], True), ([0.2], True), ([-0.1], False)])
-def test_a_candidate_must_be_better_by_more_than_the_standard_error(gains: list[float], kept: bool) -> None:
+@pytest.mark.parametrize(
+    ("gains", "kept"), [([0.0, 0.3], False), ([0.2, 0.3], True), ([0.2], True), ([0.09], False), ([-0.1], False)]
+)
+def test_what_takes_from_attention_must_be_better_by_the_margin_and_the_standard_error(
+    gains: list[float], kept: bool
+) -> None:
     def evaluator(keep, dropped) -> np.ndarray:
         of_attention = any(name.endswith("attention") and len(left) < HEADS for name, left in keep.items())
         return np.ones(len(gains)) - np.array(gains) * of_attention

@@ -32,6 +32,11 @@ END_STEP, MOST_PROTECTED = 2 / 30, 20 / 30
 """By how many of all blocks the search moves an end, and how many at most it protects."""
 ATTENTION_STEP = 0.5
 """By how much the search moves the share of attention modules, relative to an FFN's."""
+ATTENTION_MARGIN = 0.1
+"""Share of its loss by which a plan that takes from attention must be better.
+
+A reconstruction restores FFN channels better than attention heads, and masking does not show this.
+"""
 
 
 def uniform(problem: SearchProblem) -> Proposal:
@@ -149,9 +154,9 @@ class _Measured(NamedTuple):
     proposal: Proposal
     losses: FloatArray
 
-    def is_clearly_better(self, other: "_Measured") -> bool:
-        """Whether its loss is lower by more than the standard error of the mean difference."""
-        difference = other.losses - self.losses
+    def is_clearly_better(self, other: "_Measured", margin: float = 0.0) -> bool:
+        """Whether its loss is lower by that share and more than the standard error of the mean difference."""
+        difference = (1 - margin) * other.losses - self.losses
         error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
         return bool(difference.mean() > error)
 
@@ -179,7 +184,8 @@ class _Trail:
         for move in _moves(problem):
             while _allowed(moved := _Shares(*map(add, shares, move)), problem):
                 found = self.add(_by_shares(problem, moved, start.proposal.orders))
-                if found is None or not found.is_clearly_better(start):
+                margin = ATTENTION_MARGIN if move.attention else 0.0
+                if found is None or not found.is_clearly_better(start, margin):
                     break
                 shares, start = moved, found
         return start
@@ -199,7 +205,7 @@ def adaptive(problem: SearchProblem) -> Proposal:
     both ends protected, from which attention's share and the protected ends move step by step; and plans by the
     importance of modules and of units. One candidate replaces another only if its loss is lower by more than the
     standard error of the difference, as in the one-standard-error rule of Breiman et al. (1984): the fewer samples, the
-    larger must a difference be.
+    larger must a difference be. Plans that take from attention have to win by `ATTENTION_MARGIN` as well.
     """
     starts, evaluator = _starts(problem), problem.guide.evaluator
     if evaluator is None or problem.guide.evaluations < 2:
@@ -209,8 +215,10 @@ def adaptive(problem: SearchProblem) -> Proposal:
         trail.add(start)
     best, uniform_start = trail.measured[0], trail.measured[-1]
     others = [trail.add(proposal) for proposal in _by_importance(problem, starts[0].orders)]
-    for other in (trail.moved(uniform_start), *others):
-        if other is not None and other.is_clearly_better(best):
+    moved = trail.moved(uniform_start)
+    best = moved if moved.is_clearly_better(best) else best
+    for other in others:
+        if other is not None and other.is_clearly_better(best, ATTENTION_MARGIN):
             best = other
     return trail.of(best)
 
