@@ -92,7 +92,7 @@ def test_the_judge_sees_what_is_left_when_experts_are_gone(mixtral: tuple[Any, M
     cut(pruned, graph, plan)
     dense, left = (one(tokens, use_cache=False).logits.float().log_softmax(-1) for one in (model, pruned))
     expected = torch.nn.functional.kl_div(left, dense, log_target=True, reduction="sum") / tokens.numel()
-    assert judge(keep) == pytest.approx(float(expected), rel=1e-4)
+    assert judge(keep).mean() == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_an_expert_that_is_never_used_scores_zero(mixtral: tuple[Any, ModelGraph]) -> None:
@@ -175,7 +175,7 @@ def test_the_judge_sees_the_masked_experts_and_leaves_the_weights(mixtral: tuple
     keep = {group.name: tuple(range(number, 80, 2)) for number, group in enumerate(experts(graph)[:2])}
     keep |= {group.name: tuple(range(40)) for group in experts(graph)[2:]}
     tokens = families.token_ids(2, LENGTH)
-    loss = StructureEvaluator(Backend(model, graph), tokens)(keep)
+    loss = StructureEvaluator(Backend(model, graph), tokens)(keep).mean()
     plan = make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="by hand", align=1)
     dense = model(tokens, use_cache=False).logits
     with masked(model, graph, plan.keep, plan.dropped_blocks):

@@ -90,11 +90,10 @@ ALLOCATIONS = {
 LEVELS = (0.2, 0.5, 1.0)
 """Shares of a module's units at which its loss curve is measured; linear in between."""
 MEASURED = ("wikitext2", "novel")
-SEARCHED = PRESETS[Preset.DEFAULT]
 SETTINGS = {
     "model": "{model}", "calibration": MIXED, "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
-    "held-out samples": Scaled(2, SEARCHED.held_sequences), "candidates": Scaled(3, SEARCHED.search_evaluations),
-    "refit sequences": Scaled(4, 16), "refit length": Scaled(64, 512), "measured tokens": Scaled(512, 4096),
+    "held-out samples": Scaled(2, 8), "refit sequences": Scaled(4, 16), "refit length": Scaled(64, 512),
+    "candidates": Scaled(3, PRESETS[Preset.DEFAULT].search_evaluations), "measured tokens": Scaled(512, 4096),
 }  # fmt: skip
 PARTIAL = True
 

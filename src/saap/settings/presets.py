@@ -34,9 +34,9 @@ class PresetSettings:
 
 PRESETS: dict[Preset, PresetSettings] = {
     Preset.PAPER: PresetSettings(refit_sequences=192, search_evaluations=0, held_sequences=8),
-    Preset.FAST: PresetSettings(refit_sequences=72, search_evaluations=6, held_sequences=16),
-    Preset.DEFAULT: PresetSettings(sample_length=256, refit_sequences=192, search_evaluations=12, held_sequences=32),
-    Preset.BEST: PresetSettings(sample_length=512, refit_sequences=512, search_evaluations=32, held_sequences=64),
+    Preset.FAST: PresetSettings(refit_sequences=72, search_evaluations=6, held_sequences=8),
+    Preset.DEFAULT: PresetSettings(sample_length=256, refit_sequences=192, search_evaluations=12, held_sequences=16),
+    Preset.BEST: PresetSettings(sample_length=512, refit_sequences=512, search_evaluations=32, held_sequences=24),
 }
 OF_THE_PAPER = {"importance": Importance.FUSED, "strategy": Strategy.STABILITY, "restore": False}
 """What the preset `paper` sets, unless it is given: the fused score orders units, module importance decides how much

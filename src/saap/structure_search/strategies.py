@@ -32,10 +32,12 @@ END_STEP, MOST_PROTECTED = 2 / 30, 20 / 30
 """By how many of all blocks the search moves an end, and how many at most it protects."""
 ATTENTION_STEP = 0.5
 """By how much the search moves the share of attention modules, relative to an FFN's."""
-ATTENTION_MARGIN = 0.1
-"""Share of its loss by which a plan that takes from attention must be better.
+MARGIN = 0.1
+"""Share of its loss by which another plan must be better than the first one.
 
-A reconstruction restores FFN channels better than attention heads, and masking does not show this.
+Where they differ by less, masking does not tell which of the two is better after a reconstruction, on other text. At
+20 % the plans with the least masked loss, 2 % below SmolLM2's first one and 8 % below Gemma's, were no better. A
+reconstruction also restores FFN channels better than attention heads.
 """
 
 
@@ -184,8 +186,7 @@ class _Trail:
         for move in _moves(problem):
             while _allowed(moved := _Shares(*map(add, shares, move)), problem):
                 found = self.add(_by_shares(problem, moved, start.proposal.orders))
-                margin = ATTENTION_MARGIN if move.attention else 0.0
-                if found is None or not found.is_clearly_better(start, margin):
+                if found is None or not found.is_clearly_better(start):
                     break
                 shares, start = moved, found
         return start
@@ -205,7 +206,7 @@ def adaptive(problem: SearchProblem) -> Proposal:
     both ends protected, from which attention's share and the protected ends move step by step; and plans by the
     importance of modules and of units. One candidate replaces another only if its loss is lower by more than the
     standard error of the difference, as in the one-standard-error rule of Breiman et al. (1984): the fewer samples, the
-    larger must a difference be. Plans that take from attention have to win by `ATTENTION_MARGIN` as well.
+    larger must a difference be. The first one is kept unless the best of the others is better by `MARGIN` as well.
     """
     starts, evaluator = _starts(problem), problem.guide.evaluator
     if evaluator is None or problem.guide.evaluations < 2:
@@ -213,14 +214,13 @@ def adaptive(problem: SearchProblem) -> Proposal:
     trail = _Trail(problem, evaluator)
     for start in starts:
         trail.add(start)
-    best, uniform_start = trail.measured[0], trail.measured[-1]
+    first, uniform_start = trail.measured[0], trail.measured[-1]
     others = [trail.add(proposal) for proposal in _by_importance(problem, starts[0].orders)]
-    moved = trail.moved(uniform_start)
-    best = moved if moved.is_clearly_better(best) else best
+    best = trail.moved(uniform_start)
     for other in others:
-        if other is not None and other.is_clearly_better(best, ATTENTION_MARGIN):
+        if other is not None and other.is_clearly_better(best):
             best = other
-    return trail.of(best)
+    return trail.of(best if best.is_clearly_better(first, MARGIN) else first)
 
 
 def _starts(problem: SearchProblem) -> list[Proposal]:

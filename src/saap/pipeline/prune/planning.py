@@ -31,7 +31,7 @@ from saap.structure_search.second_order import SecondOrder, WeightedGrams
 
 WALK = "estimation"
 """Folder of the finished blocks of the estimation, until all are."""
-SEARCH_SHARE = 0.5
+SEARCH_SHARE = 0.2
 READING_TOKENS = 256
 """Reading a block takes about as long as passing so many tokens through it."""
 
@@ -165,7 +165,7 @@ def read_whole_plan(run: Run, path: Path) -> StructurePlan:
 def search_evaluations(run: Run) -> int:
     """How many candidates the search may measure.
 
-    Each of them reads all weights if these are in files; so that all together take at most half of the time of the
+    Each of them reads all weights if these are in files; so that all together take at most a fifth of the time of the
     estimation, their number follows from the tokens: the estimation passes its tokens about four times through each
     block (forward, again, back, gradients of weights) and reads it twice; a candidate passes its own once.
     """
