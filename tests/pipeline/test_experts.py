@@ -111,13 +111,14 @@ def test_methods_that_score_whole_matrices_are_refused_for_experts(source: Path,
 
 
 @pytest.mark.parametrize(
-    ("layout", "roles"), [("adaptive", ["expert"]), ("uniform", ["expert"]), ("adaptive", ["ffn", "expert"])]
+    ("layout", "roles", "pruning_ratio"),
+    [("adaptive", ["expert"], 0.25), ("uniform", ["expert"], 0.25), ("adaptive", ["ffn", "expert"], 0.5)],
 )
 def test_whole_experts_leave_with_their_router_rows(
-    source: Path, tmp_path: Path, layout: str, roles: list[str]
+    source: Path, tmp_path: Path, layout: str, roles: list[str], pruning_ratio: float
 ) -> None:
     out = tmp_path / "small"
-    result = saap.prune(source, pruning_ratio=0.25, out=out, layout=layout, roles=roles, **SETTINGS)
+    result = saap.prune(source, pruning_ratio=pruning_ratio, out=out, layout=layout, roles=roles, **SETTINGS)
     kept = [len(result.plan.keep.get(f"layers.{layer}.expert", range(4))) for layer in range(3)]
     assert min(kept) < 4
     assert min(kept) >= 2  # each token is sent to two
