@@ -92,13 +92,28 @@ def test_methods_that_lack_the_same_ratios_are_compared_in_one_command():
     every = comparison.cells(Request(quick=False, work=Path(), results=Path()))
     lacking = [cell for cell in every if cell.startswith("smollm2/") and cell != "smollm2/flap/0.2/cut"]
     found = comparison.missing(lacking)
-    assert set(found) == {("smollm2", "cut"), ("smollm2", "restored")}
-    assert found["smollm2", "cut"]["flap"] == ("0.1", "0.3", "0.5")
-    assert found["smollm2", "cut"]["saap"] == comparison.RATIOS
+    assert list(found) == [
+        ("smollm2", "cut", "0"),
+        ("smollm2", "restored", "0"),
+        *(("smollm2", "restored", s) for s in "12"),
+    ]
+    assert found["smollm2", "cut", "0"]["flap"] == ("0.1", "0.3", "0.5")
+    assert found["smollm2", "cut", "0"]["saap"] == comparison.RATIOS
+    assert found["smollm2", "restored", "1"] == {"saap": ("0.2",), "llm-pruner-element2@ffn": ("0.2",)}
+    assert found["smollm2", "restored", "0"]["flap"] == ("0.2",)
+
+
+def test_seeds_stand_beside_the_first_one():
+    cells = {f"smollm2/saap/0.2/restored{seed}": {"ratio": 1.2} for seed in ("", "/1", "/2")}
+    cells["smollm2/llm-pruner-element2@ffn/0.2/restored"] = {"ratio": 1.5}
+    assert comparison.summarise(cells)["seeds"] == {}
+    cells["smollm2/llm-pruner-element2@ffn/0.2/restored/2"] = {"ratio": 1.6}
+    assert comparison.summarise(cells)["seeds"] == {"smollm2": [1.2 / 1.5, 1.2 / 1.6]}
 
 
 def test_ours_is_compared_with_the_best_baseline_where_all_are_measured():
-    ratios = {"saap": 1.2, "llm-pruner-element2@ffn": 1.5, "flap": 2.0, "wanda-sp@ffn": 1.6, "block-influence": 3.0}
+    ratios = {"saap": 1.2, **dict.fromkeys(comparison.baselines_of("smollm2", "0.2", "cut"), 1.6)}
+    ratios["llm-pruner-element2@ffn"] = 1.5
     cells = {f"smollm2/{method}/0.2/cut": {"ratio": value} for method, value in ratios.items()}
     (row,) = comparison.summarise(cells)["against"]
     assert (row["best"], row["side"], row["quotient"]) == ("llm-pruner-element2@ffn", "cut only", 1.2 / 1.5)

@@ -1,5 +1,6 @@
 """Our method and published ones on real models, at the same number of parameters: cut only and reconstructed."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from experiments.quality.models import GEMMA, LARGE, QWEN, SMOLLM2
 from saap.reporting.figures import Figure
 
 OURS = "saap"
-BASELINES = ("llm-pruner-element2@ffn", "flap", "wanda-sp@ffn", "block-influence")
+LLM_PRUNER = "llm-pruner-element2@ffn"
+BASELINES = (LLM_PRUNER, "flap", "wanda-sp@ffn", "block-influence")
 """LLM-Pruner and Wanda-sp prune FFN channels alone, where they are better at usual ratios."""
 MORE_BASELINES = ("llm-pruner-element1@ffn", "llm-pruner-element2")
 """Measured without reconstruction only; the second one prunes attention too."""
@@ -27,6 +29,14 @@ MODELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     LARGE: {CUT: RATIOS[:1]},
 }
 """Pruning ratios of each model and state."""
+STRONGEST: Mapping[str, Sequence[str]] = {
+    SMOLLM2: (LLM_PRUNER,),
+    GEMMA: (LLM_PRUNER, "wanda-sp@ffn"),
+    QWEN: (LLM_PRUNER, "flap"),
+}
+"""Baselines within 5 % of the best one at the first ratio with our reconstruction: only they have it at the others."""
+SEEDS = ("1", "2")
+"""More draws of the calibration samples for ours and LLM-Pruner at the first ratio, reconstructed: the closest pair."""
 SETTINGS = {
     "samples": 50, "sample length": 256, "refit tokens": 36_864, "effort": "default", "measured on": TEST,
     "measured tokens": 8192, "window": 512,
@@ -43,44 +53,57 @@ class Place(NamedTuple):
     method: str
     ratio: str
     state: str
+    seed: str = "0"
 
     @classmethod
     def of(cls, cell: str) -> "Place":
         return cls(*cell.split("/"))
 
+    @property
+    def cell(self) -> str:
+        """Its name, which has a seed only if that is not 0."""
+        return "/".join(self if self.seed != "0" else self[:-1])
+
+
+def baselines_of(model: str, ratio: str, state: str) -> tuple[str, ...]:
+    """Baselines that are measured there, and without which ours is not said to be ahead."""
+    if state == CUT:
+        return *BASELINES, *MORE_BASELINES
+    return BASELINES if ratio == RATIOS[0] else tuple(STRONGEST[model])
+
 
 def cells(request: Request) -> Names:
-    places = (
+    places = [
         Place(model, method, ratio, state)
         for model, states in MODELS.items()
         for state, ratios in states.items()
         for ratio in ratios
-        for method in (OURS, *BASELINES, *(MORE_BASELINES if state == CUT else ()))
-    )
-    return ["/".join(place) for place in places]
+        for method in (OURS, *baselines_of(model, ratio, state))
+    ]
+    closest = itertools.product(STRONGEST, (OURS, LLM_PRUNER), RATIOS[:1], [RESTORED], SEEDS)
+    return [place.cell for place in (*places, *itertools.starmap(Place, closest))]
 
 
 def measure(request: Request, wanted: Names) -> Measured:
     """One `saap compare` for the methods of a model that lack the same ratios; its finished rows stay in its folder."""
-    for (model, state), methods in missing(wanted).items():
+    for (model, state, seed), methods in missing(wanted).items():
         folder = request.work.resolve() / f"compare-{model}"
         source, flags = source_of(request, model), flags_from(request.settings)
-        flags += ["--restore", "yes" if state == RESTORED else "no"]
+        flags += ["--restore", "yes" if state == RESTORED else "no", "--seeds", seed]
         for ratios in dict.fromkeys(methods.values()):
             named = [method for method, lacking in methods.items() if lacking == ratios]
             own = ["--methods", ",".join(named), "--pruning-ratio", ",".join(ratios)]
             in_own_process(run_here, ["compare", source, "--out", str(folder), *own, *flags])
-            for method in named:
-                for ratio in ratios:
-                    row = read_json(folder / "rows" / f"{method.replace('@', '_')}-{ratio}-{state}-seed0.json")
-                    yield "/".join(Place(model, method, ratio, state)), _values(row)
+            for method, ratio in itertools.product(named, ratios):
+                row = read_json(folder / "rows" / f"{method.replace('@', '_')}-{ratio}-{state}-seed{seed}.json")
+                yield Place(model, method, ratio, state, seed).cell, _values(row)
 
 
-def missing(wanted: Names) -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
-    """By model and state, the ratios that each method lacks."""
-    found: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
-    for model, method, ratio, state in map(Place.of, wanted):
-        methods = found.setdefault((model, state), {})
+def missing(wanted: Names) -> dict[tuple[str, str, str], dict[str, tuple[str, ...]]]:
+    """By model, state and seed, the ratios that each method lacks."""
+    found: dict[tuple[str, str, str], dict[str, tuple[str, ...]]] = {}
+    for model, method, ratio, state, seed in map(Place.of, wanted):
+        methods = found.setdefault((model, state, seed), {})
         methods[method] = (*methods.get(method, ()), ratio)
     return found
 
@@ -93,8 +116,22 @@ def _values(row: Values) -> Values:
 
 
 def summarise(found: Cells) -> Values:
-    rows = {Place.of(name): cell["ratio"] for name, cell in found.items()}
-    return {"tables": list(_tables(rows)), "against": list(_against(rows)), "ratios": sorted(RATIOS)}
+    every = {Place.of(name): cell["ratio"] for name, cell in found.items()}
+    rows = {place: ratio for place, ratio in every.items() if place.seed == "0"}
+    return {
+        "tables": list(_tables(rows)), "against": list(_against(rows)), "ratios": sorted(RATIOS),
+        "seeds": _by_seed(every), "ratio": float(RATIOS[0]),
+    }  # fmt: skip
+
+
+def _by_seed(every: Mapping[Place, float]) -> dict[str, list[float]]:
+    """By model, our perplexity over that of LLM-Pruner at the first ratio, reconstructed, with each measured seed."""
+    found: dict[str, list[float]] = {}
+    for model, seed in itertools.product(STRONGEST, ("0", *SEEDS)):
+        ours, theirs = (every.get(Place(model, method, RATIOS[0], RESTORED, seed)) for method in (OURS, LLM_PRUNER))
+        if ours is not None and theirs is not None:
+            found.setdefault(model, []).append(ours / theirs)
+    return {model: quotients for model, quotients in found.items() if len(quotients) > 1}
 
 
 def _tables(rows: Mapping[Place, float]) -> Iterator[Values]:
@@ -124,7 +161,7 @@ def _against(rows: Mapping[Place, float]) -> Iterator[Values]:
                     for place, value in rows.items()
                     if (place.model, place.ratio, place.state) == (model, ratio, theirs) and place.method != OURS
                 }
-                if mine is not None and set(BASELINES) <= baselines.keys():
+                if mine is not None and set(baselines_of(model, ratio, theirs)) <= baselines.keys():
                     best = min(baselines, key=lambda method: baselines[method])
                     yield {
                         "model": model, "side": side, "ratio": float(ratio), "ours": mine, "best": best,
