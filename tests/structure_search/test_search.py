@@ -147,19 +147,48 @@ def test_adaptive_takes_from_attention_as_long_as_the_loss_falls() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gains", "kept"), [([0.0, 0.3], False), ([0.2, 0.3], True), ([0.2], True), ([0.09], False), ([-0.1], False)]
-)
+    ("gains", "kept"),
+    [
+        ([0.0, 0.3], False), ([0.2, 0.3], True), ([0.2], False), ([0.09, 0.08], False), ([-0.1, -0.1], False),
+        ([np.nan, 0.3], False), ([np.inf, 0.3], False),
+    ],
+)  # fmt: skip
 def test_what_takes_from_attention_must_be_better_by_the_margin_and_the_standard_error(
     gains: list[float], kept: bool
 ) -> None:
     def evaluator(keep, dropped) -> np.ndarray:
         of_attention = any(name.endswith("attention") and len(left) < HEADS for name, left in keep.items())
-        return np.ones(len(gains)) - np.array(gains) * of_attention
+        return 1 - np.array(gains) if of_attention else np.ones(len(gains))
 
     guide = SearchGuide(evaluator=evaluator, evaluations=12)
     found = search(GRAPH, SCORES, budget_for_ratio(GRAPH, 0.3), space(), Strategy.ADAPTIVE, guide)
     assert (found.trail[0].name == "uniform, first 1 and last 0 protected") is not kept
     assert found.trail[0].loss == evaluator(found.keep, ()).mean()
+
+
+@pytest.mark.parametrize("first", [[np.nan, np.nan], [np.inf, 1.0]], ids=str)
+def test_a_first_plan_whose_loss_is_not_finite_is_replaced(first: list[float]) -> None:
+    def evaluator(keep, dropped) -> np.ndarray:
+        of_attention = any(name.endswith("attention") and len(left) < HEADS for name, left in keep.items())
+        return np.ones(2) if of_attention else np.array(first)
+
+    guide = SearchGuide(evaluator=evaluator, evaluations=12)
+    found = search(GRAPH, SCORES, budget_for_ratio(GRAPH, 0.3), space(), Strategy.ADAPTIVE, guide)
+    assert found.trail[0].loss == 1
+
+
+def test_a_move_that_changes_nothing_does_not_end_its_direction() -> None:
+    measured = []
+
+    def evaluator(keep, dropped) -> np.ndarray:
+        measured.append(keep)
+        return np.full(2, 1.0 + sum(CHANNELS - len(kept) for name, kept in keep.items() if name.endswith("ffn")))
+
+    guide = SearchGuide(evaluator=evaluator, evaluations=3)
+    found = search(GRAPH, SCORES, budget_for_ratio(GRAPH, 0.1), space(), Strategy.ADAPTIVE, guide)
+    assert found.trail[0].name.startswith("uniform, attention 1,")  # half of that share is not yet a head
+    assert all(one not in measured[:place] for place, one in enumerate(measured))
+    assert len(measured) <= 3
 
 
 @pytest.mark.parametrize(
@@ -176,7 +205,7 @@ def test_the_protected_ends_move_as_long_as_the_loss_falls(wanted: tuple[int, in
     def evaluator(keep, dropped) -> np.ndarray:
         off = sum(abs(found - one) for found, one in zip(ends(keep), wanted, strict=True))
         of_attention = any(name.endswith("attention") and len(left) < HEADS for name, left in keep.items())
-        return np.array([1.0 + off + of_attention])
+        return np.full(2, 1.0 + off + of_attention)
 
     guide = SearchGuide(evaluator=evaluator, evaluations=evaluations)
     found = search(deep, scores(deep), budget_for_ratio(deep, 0.2), space(), Strategy.ADAPTIVE, guide)

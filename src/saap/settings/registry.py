@@ -92,7 +92,7 @@ class Importance(Registered):
 class Strategy(Registered):
     """Strategy of the search, which allocates the pruned share to modules: from a `SearchProblem` to a `Proposal`."""
 
-    ADAPTIVE = "adaptive", "saap.structure_search.strategies.adaptive", "the candidate with the lowest measured loss"
+    ADAPTIVE = "adaptive", "saap.structure_search.strategies.adaptive", "equal shares, or what lowers the loss clearly"
     SECOND_ORDER = (
         "second-order",
         "saap.structure_search.strategies.adaptive",

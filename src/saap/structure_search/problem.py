@@ -14,7 +14,7 @@ Scores = Mapping[str, UnitScores]
 Orders = Mapping[str, IntArray]
 """By group, its units from the first to be removed to the last."""
 Evaluator = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], FloatArray]
-"""Loss of a structure, given its kept units and dropped blocks."""
+"""Losses of a structure on the held-out samples, (samples,), given its kept units and dropped blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,8 +36,8 @@ MARGIN = 0.1
 """Share of its loss by which another plan must be better than the first one.
 
 Where they differ by less, masking does not tell which of the two is better after a reconstruction, on other text. At
-20 % the plans with the least masked loss, 2 % below SmolLM2's first one and 8 % below Gemma's, were no better. A
-reconstruction also restores FFN channels better than attention heads.
+20 % the plans with the least masked loss, 2 % below SmolLM2's first one and 8 % below Gemma's, were then better on some
+texts and worse on others. A reconstruction also restores FFN channels better than attention heads.
 """
 
 
@@ -151,16 +151,22 @@ class _Shares(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """A candidate and its losses on the held-out samples, (samples,)."""
+    """A candidate, the units that it keeps, and its losses on the held-out samples, (samples,)."""
 
     proposal: Proposal
+    keep: dict[str, tuple[int, ...]]
     losses: FloatArray
 
     def is_clearly_better(self, other: "_Measured", margin: float = 0.0) -> bool:
-        """Whether its loss is lower by that share and more than the standard error of the mean difference."""
+        """Whether its loss is lower by that share and more than the standard error of the mean difference.
+
+        One sample has no such error, so it decides nothing; losses that are not finite are worse than all others.
+        """
+        finite, others = bool(np.isfinite(self.losses).all()), bool(np.isfinite(other.losses).all())
+        if not finite or not others or len(self.losses) < 2:
+            return finite and not others
         difference = (1 - margin) * other.losses - self.losses
-        error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
-        return bool(difference.mean() > error)
+        return bool(difference.mean() > difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
 class _Trail:
@@ -171,28 +177,36 @@ class _Trail:
         self.measured: list[_Measured] = []
 
     def add(self, proposal: Proposal) -> _Measured | None:
-        """Its losses; None if the same plan is there already, or no evaluation is left."""
-        known = any(one.orders is proposal.orders and one.sizes == proposal.sizes for one, _ in self.measured)
-        if known or len(self.measured) >= self._problem.guide.evaluations:
-            return None
+        """It, or the equal plan that was measured already; None if no evaluation is left."""
         keep = proposal.keep(self._problem.variables)
-        self.measured.append(_Measured(proposal, self._evaluator(keep, self._problem.dropped)))
+        known = next((one for one in self.measured if one.keep == keep), None)
+        if known is not None or len(self.measured) >= self._problem.guide.evaluations:
+            return known
+        self.measured.append(_Measured(proposal, keep, self._evaluator(keep, self._problem.dropped)))
         self._problem.guide.progress(len(self.measured), self._problem.guide.evaluations)
         return self.measured[-1]
 
-    def moved(self, start: _Measured) -> _Measured:
-        """A uniform plan after all moves that make it clearly better, in the order of `_moves`."""
+    def after_moves(self, start: _Measured) -> _Measured:
+        """A uniform plan after all moves that make it clearly better, in the order of `_moves`.
+
+        A move that changes nothing, as half a share of few heads, does not end its direction.
+        """
         problem, shares = self._problem, _default_shares(self._problem)
         for move in _moves(problem):
-            while _allowed(moved := _Shares(*map(add, shares, move)), problem):
+            moved = shares
+            while _allowed(moved := _Shares(*map(add, moved, move)), problem):
                 found = self.add(_by_shares(problem, moved, start.proposal.orders))
-                if found is None or not found.is_clearly_better(start):
-                    break
-                shares, start = moved, found
+                if found is None:
+                    return start
+                if found is not start:
+                    if not found.is_clearly_better(start):
+                        break
+                    shares, start = moved, found
         return start
 
     def of(self, best: _Measured) -> Proposal:
         """The best proposal, with all that were measured."""
+        self._problem.guide.progress(self._problem.guide.evaluations, self._problem.guide.evaluations)
         losses = {id(one): float(one.losses.mean()) for one in self.measured}
         order = sorted(self.measured, key=lambda one: (one is not best, losses[id(one)]))
         trail = tuple(Candidate(name=one.proposal.name, loss=losses[id(one)]) for one in order)
@@ -200,10 +214,10 @@ class _Trail:
 
 
 def adaptive(problem: SearchProblem) -> Proposal:
-    """The candidate with the least measured loss, with the trail of all that were measured.
+    """The first candidate unless the loss of another is clearly lower, with the trail of all that were measured.
 
     First comes one ranking of all units by second-order cost, where that is known; then a uniform plan, FFN alone and
-    both ends protected, from which attention's share and the protected ends move step by step; and plans by the
+    both ends protected, from which attention's share and the protected ends move step by step; then plans by the
     importance of modules and of units. One candidate replaces another only if its loss is lower by more than the
     standard error of the difference, as in the one-standard-error rule of Breiman et al. (1984): the fewer samples, the
     larger must a difference be. The first one is kept unless the best of the others is better by `MARGIN` as well.
@@ -215,9 +229,9 @@ def adaptive(problem: SearchProblem) -> Proposal:
     for start in starts:
         trail.add(start)
     first, uniform_start = trail.measured[0], trail.measured[-1]
-    others = [trail.add(proposal) for proposal in _by_importance(problem, starts[0].orders)]
-    best = trail.moved(uniform_start)
-    for other in others:
+    best = trail.after_moves(uniform_start)
+    for proposal in _by_importance(problem, starts[0].orders):
+        other = trail.add(proposal)
         if other is not None and other.is_clearly_better(best):
             best = other
     return trail.of(best if best.is_clearly_better(first, MARGIN) else first)
@@ -244,15 +258,6 @@ def protected_layers(blocks: int, ends: tuple[int, int] | None = None) -> tuple[
     return tuple(layer for layer in range(blocks) if layer < first or layer >= blocks - last)
 
 
-def uniform_shares(problem: SearchProblem, *, attention: float, ends: tuple[int, int] | None = None) -> list[float]:
-    """Share of each variable under the uniform rule: 1, `attention` for attention modules, 0 at protected layers."""
-    protected = set(protected_layers(len(problem.graph.blocks), ends)) if problem.protects_ends else set[int]()
-    return [
-        0.0 if all(group.layer in protected for group in one.groups) else attention if one.of_heads else 1.0
-        for one in problem.variables
-    ]
-
-
 def _ranking(problem: SearchProblem) -> list[Decrement] | None:
     """Decrements of all variables by second-order cost per parameter, where that is known for all of them."""
     costs = problem.guide.costs
@@ -268,10 +273,16 @@ def _default_shares(problem: SearchProblem) -> _Shares:
 
 
 def _by_shares(problem: SearchProblem, shares: _Shares, orders: Orders) -> Proposal:
+    """Equal shares of all variables, but attention's own, and none of those that lie at protected ends alone."""
+    ends = set(protected_layers(len(problem.graph.blocks), shares[1:])) if problem.protects_ends else set[int]()
+    protected = [all(group.layer in ends for group in one.groups) for one in problem.variables]
     parts = ["uniform"]
     parts += [f"attention {shares.attention:g}"] if shares.attention and _of_both(problem) else []
-    parts += [f"first {shares.first} and last {shares.last} protected"] if problem.protects_ends else []
-    each = uniform_shares(problem, attention=shares.attention, ends=(shares.first, shares.last))
+    parts += [f"first {shares.first} and last {shares.last} protected"] if any(protected) else []
+    each = [
+        0.0 if spared else shares.attention if one.of_heads else 1.0
+        for one, spared in zip(problem.variables, protected, strict=True)
+    ]
     return problem.propose(", ".join(parts), problem.by_share(each), orders)
 
 
