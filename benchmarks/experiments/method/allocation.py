@@ -84,7 +84,7 @@ ALLOCATIONS = {
     "module importance": "shares by the importance of modules, attention at 0.3 of an FFN",
     "importance": "all units ranked by token-level Fisher score per parameter",
     "second-order": "all units ranked by second-order cost per parameter, after compensation",
-    DEFAULT: "what the search of the preset `default` chooses, by the masked loss of whole plans",
+    DEFAULT: "what the default search chooses by the masked loss of whole plans, on the held-out samples of this table",
     KNAPSACK: "a loss curve of each module alone, after compensation; a knapsack over all of them",
 }
 LEVELS = (0.2, 0.5, 1.0)
