@@ -78,8 +78,7 @@ def shown_in(found: Sequence[Point]) -> list[str]:
 
 
 def _compared(request: Request) -> Mapping[comparison.Place, Values]:
-    found = {comparison.Place.of(name): cell for name, cell in cells_of("quality.comparison", request).items()}
-    return {place: cell for place, cell in found.items() if place.seed == "0"}
+    return comparison.of_first_seed(cells_of("quality.comparison", request))
 
 
 def _of_models(request: Request) -> Iterable[Point]:

@@ -103,7 +103,7 @@ def test_methods_that_lack_the_same_ratios_are_compared_in_one_command():
     assert found["smollm2", "restored", "0"]["flap"] == ("0.2",)
 
 
-def test_seeds_stand_beside_the_first_one():
+def test_other_seeds_are_compared_with_the_same_seed():
     cells = {f"smollm2/saap/0.2/restored{seed}": {"ratio": 1.2} for seed in ("", "/1", "/2")}
     cells["smollm2/llm-pruner-element2@ffn/0.2/restored"] = {"ratio": 1.5}
     assert comparison.summarise(cells)["seeds"] == {}

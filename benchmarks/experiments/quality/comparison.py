@@ -35,7 +35,7 @@ STRONGEST: Mapping[str, Sequence[str]] = {
     QWEN: (LLM_PRUNER, "flap"),
 }
 """Baselines within 5 % of the best one at the first ratio with our reconstruction: only they have it at the others."""
-SEEDS = ("1", "2")
+FIRST_SEED, SEEDS = "0", ("1", "2")
 """More draws of the calibration samples for ours and LLM-Pruner at the first ratio, reconstructed: the closest pair."""
 SETTINGS = {
     "samples": 50, "sample length": 256, "refit tokens": 36_864, "effort": "default", "measured on": TEST,
@@ -53,7 +53,7 @@ class Place(NamedTuple):
     method: str
     ratio: str
     state: str
-    seed: str = "0"
+    seed: str = FIRST_SEED
 
     @classmethod
     def of(cls, cell: str) -> "Place":
@@ -61,8 +61,8 @@ class Place(NamedTuple):
 
     @property
     def cell(self) -> str:
-        """Its name, which has a seed only if that is not 0."""
-        return "/".join(self if self.seed != "0" else self[:-1])
+        """Its name, without the first seed."""
+        return "/".join(self[:-1] if self.seed == FIRST_SEED else self)
 
 
 def baselines_of(model: str, ratio: str, state: str) -> tuple[str, ...]:
@@ -116,22 +116,28 @@ def _values(row: Values) -> Values:
 
 
 def summarise(found: Cells) -> Values:
-    every = {Place.of(name): cell["ratio"] for name, cell in found.items()}
-    rows = {place: ratio for place, ratio in every.items() if place.seed == "0"}
+    rows = {place: cell["ratio"] for place, cell in of_first_seed(found).items()}
     return {
         "tables": list(_tables(rows)), "against": list(_against(rows)), "ratios": sorted(RATIOS),
-        "seeds": _by_seed(every), "ratio": float(RATIOS[0]),
+        "seeds": _by_seed(found), "ratio": float(RATIOS[0]),
     }  # fmt: skip
 
 
-def _by_seed(every: Mapping[Place, float]) -> dict[str, list[float]]:
+def of_first_seed(found: Cells) -> dict[Place, Values]:
+    """By place, the cells that are compared over ratios."""
+    places = {Place.of(name): cell for name, cell in found.items()}
+    return {place: cell for place, cell in places.items() if place.seed == FIRST_SEED}
+
+
+def _by_seed(found: Cells) -> dict[str, list[float]]:
     """By model, our perplexity over that of LLM-Pruner at the first ratio, reconstructed, with each measured seed."""
-    found: dict[str, list[float]] = {}
-    for model, seed in itertools.product(STRONGEST, ("0", *SEEDS)):
-        ours, theirs = (every.get(Place(model, method, RATIOS[0], RESTORED, seed)) for method in (OURS, LLM_PRUNER))
-        if ours is not None and theirs is not None:
-            found.setdefault(model, []).append(ours / theirs)
-    return {model: quotients for model, quotients in found.items() if len(quotients) > 1}
+    quotients: dict[str, list[float]] = {}
+    for model, seed in itertools.product(STRONGEST, (FIRST_SEED, *SEEDS)):
+        pair = [Place(model, method, RATIOS[0], RESTORED, seed).cell for method in (OURS, LLM_PRUNER)]
+        if all(cell in found for cell in pair):
+            ours, theirs = (found[cell]["ratio"] for cell in pair)
+            quotients.setdefault(model, []).append(ours / theirs)
+    return {model: each for model, each in quotients.items() if len(each) > 1}
 
 
 def _tables(rows: Mapping[Place, float]) -> Iterator[Values]:

@@ -198,10 +198,11 @@ class _Trail:
                 found = self.add(_by_shares(problem, moved, start.proposal.orders))
                 if found is None:
                     return start
-                if found is not start:
-                    if not found.is_clearly_better(start):
-                        break
-                    shares, start = moved, found
+                if found is start:
+                    continue
+                if not found.is_clearly_better(start):
+                    break
+                shares, start = moved, found
         return start
 
     def of(self, best: _Measured) -> Proposal:
@@ -280,8 +281,8 @@ def _by_shares(problem: SearchProblem, shares: _Shares, orders: Orders) -> Propo
     parts += [f"attention {shares.attention:g}"] if shares.attention and _of_both(problem) else []
     parts += [f"first {shares.first} and last {shares.last} protected"] if any(protected) else []
     each = [
-        0.0 if spared else shares.attention if one.of_heads else 1.0
-        for one, spared in zip(problem.variables, protected, strict=True)
+        0.0 if at_end else shares.attention if one.of_heads else 1.0
+        for one, at_end in zip(problem.variables, protected, strict=True)
     ]
     return problem.propose(", ".join(parts), problem.by_share(each), orders)
 
