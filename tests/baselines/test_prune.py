@@ -13,7 +13,7 @@ from saap.pipeline.prune.run import RunOptions, run_prune
 from saap.settings.prune import PruneConfig
 from saap.settings.registry import Method
 
-SETTINGS = {"effort": "fast", "samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8}
+SETTINGS = {"effort": "fast", "samples": 4, "sample_length": 32, "align": 8}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_llm_pruner_spares_the_ends_and_the_others_do_not(source) -> None:
 
 
 def test_compensation_brings_the_block_output_back(source) -> None:
-    without = saap.prune(source, pruning_ratio=0.3, method="flap", restore=True, **SETTINGS)
+    without = saap.prune(source, pruning_ratio=0.3, method="flap", restore=True, refit_tokens=1024, **SETTINGS)
     assert not [name for name, _ in without.model.named_parameters() if name.endswith(".bias")]
     random = saap.prune(source, pruning_ratio=0.3, method="random", **SETTINGS)
     assert random.report.refit_errors == {}

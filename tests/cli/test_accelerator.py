@@ -24,17 +24,17 @@ from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.prune import PruneConfig
 
 FAST = (
-    "--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "16", "--json",
-    "--pruning-ratio", "0.2",
+    "--effort", "fast", "--samples", "4", "--sample-length", "32", "--align", "16", "--json", "--pruning-ratio", "0.2",
 )  # fmt: skip
+REFIT = ("--refit-tokens", "1024")
 RUNS: dict[str, tuple[str, ...]] = {
-    "default": ("--effort", "default"),
-    "own text": ("--calibration", "TEXT"),
-    "uniform layout": ("--layout", "uniform", "--calibration", "TEXT"),
-    "hidden channels": ("--roles", "ffn,hidden", "--calibration", "TEXT"),
-    "whole blocks": ("--roles", "ffn,block", "--calibration", "TEXT"),
+    "default": (*REFIT, "--effort", "default"),
+    "own text": (*REFIT, "--calibration", "TEXT"),
+    "uniform layout": (*REFIT, "--layout", "uniform", "--calibration", "TEXT"),
+    "hidden channels": (*REFIT, "--roles", "ffn,hidden", "--calibration", "TEXT"),
+    "whole blocks": (*REFIT, "--roles", "ffn,block", "--calibration", "TEXT"),
     "flap": ("--method", "flap", "--calibration", "TEXT"),
-    "wanda-sp": ("--method", "wanda-sp", "--restore", "--calibration", "TEXT"),
+    "wanda-sp": ("--method", "wanda-sp", "--restore", *REFIT, "--calibration", "TEXT"),
     "llm-pruner": ("--method", "llm-pruner-mixed", "--calibration", "TEXT"),
     "magnitude": ("--method", "magnitude", "--calibration", "TEXT"),
     "block-influence": ("--method", "block-influence", "--calibration", "TEXT"),
@@ -186,16 +186,16 @@ def test_weights_that_do_not_fit_stay_in_their_files(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "_available", lambda: {"lazy": True, "cpu": True})
-    expected = run(capsys, "prune", source, *FAST, "--out", tmp_path / "cpu", "--device", "cpu")
+    expected = run(capsys, "prune", source, *FAST, *REFIT, "--out", tmp_path / "cpu", "--device", "cpu")
     monkeypatch.setattr(memory_limit, "RESERVE_BYTES", 0)
     monkeypatch.setattr(memory_limit.Needs, "of", lambda sizes, config: memory_limit.Needs(3, 3, 2))
     with pretended_devices(float64=False) as whole, monkeypatch.context() as patched:
         patched.setattr(memory, "of_device", lambda device: 2)
-        run(capsys, "prune", source, *FAST, "--out", tmp_path / "files")
+        run(capsys, "prune", source, *FAST, *REFIT, "--out", tmp_path / "files")
         assert whole.peak > 0
         assert_same_weights(tmp_path / "cpu", tmp_path / "files", 1e-4)
         patched.setattr(memory, "of_device", lambda device: 1)
-        code, _, errors = command.run(capsys, "prune", source, *FAST, "--out", tmp_path / "none")
+        code, _, errors = command.run(capsys, "prune", source, *FAST, *REFIT, "--out", tmp_path / "none")
     assert code == 2
     assert "The free memory of lazy" in errors
     assert "Use --device cpu" in errors

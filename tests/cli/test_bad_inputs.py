@@ -22,7 +22,7 @@ from saap.pipeline.prune import run as run_module
 
 RATIO = ("--pruning-ratio", "0.2")
 ON_ANY_TEXT = ("prune", "MODEL", "--out", "OUT", "--effort", "fast", "--num-samples", "4", "--sample-length", "32",
-         "--refit-tokens", "1024", "--align", "8")  # fmt: skip
+         "--align", "8")  # fmt: skip
 PRUNE = (*ON_ANY_TEXT, "--calibration", "TEXT")
 PLAIN = ("recover", "MODEL", "--out", "OUT")
 RECOVER = (*PLAIN, "--group-size", "16")
@@ -80,6 +80,8 @@ FLAGS: list[Case] = [
     ((*PRUNE, *RATIO, "--merge-experts"), "Add expert to --roles"),
     (("prune", "MODEL", *RATIO, "--out", "OUT", "--preset", "paper", "--strategy", "second-order"), "or add --restore"),
     ((*PRUNE, *RATIO, "--roles", "expert", "--merge-experts", "--no-restore"), "a part of the reconstruction"),
+    *[(("prune", "MODEL", "--out", "OUT", *RATIO, "--refit-tokens", "1024", *cut), "--refit-tokens changes nothing")
+      for cut in (("--no-restore",), ("--preset", "paper"), ("--method", "flap"))],
     ((*PRUNE, *RATIO, "--importance", "reap"), "reap scores whole experts, not the role ffn or attention"),
     ((*PRUNE, *RATIO, "--importance", "frequency", "--roles", "expert,block"), "not the role block"),
     ((*PRUNE, *RATIO, "--importance", "reap", "--roles", "expert", "--aggregation", "max"), "--aggregation changes"),

@@ -17,7 +17,7 @@ from tests.pipeline import tiny
 
 from saap.cli import app as cli
 
-FAST = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--no-restore"]
+FAST = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--no-restore"]
 NAME = "some/dense"
 TEXT = ["--perplexity", "bundled", "--window", "32", "--max-tokens", "65"]
 SHORT = ["--length", "32", "--max-steps", "1", "--validation-samples", "1", "--group-size", "16", "--rank", "2"]

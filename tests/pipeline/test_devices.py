@@ -69,15 +69,16 @@ def same_weight(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
         assert torch.equal(found, expected), name
 
 
+CUT_ONLY = {"restore": False, "refit_tokens": None}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "searched and restored": ("llama", {}),
     "norms after the modules": ("gemma2", {"effort": "fast"}),
     "experts": ("mixtral", {"effort": "fast"}),
     "hidden channels": ("llama", {"roles": ("ffn", "attention", "hidden"), "effort": "fast"}),
     "whole blocks": ("llama", {"roles": ("ffn", "block")}),
-    "cut only": ("bloom", {"restore": False, "effort": "fast"}),
-    "flap": ("llama", {"method": "flap"}),
-    "llm-pruner": ("llama", {"method": "llm-pruner-element2", "effort": "fast"}),
+    "cut only": ("bloom", {**CUT_ONLY, "effort": "fast"}),
+    "flap": ("llama", {**CUT_ONLY, "method": "flap"}),
+    "llm-pruner": ("llama", {**CUT_ONLY, "method": "llm-pruner-element2", "effort": "fast"}),
 }
 
 

@@ -34,6 +34,7 @@ from saap.surgery import merging
 from saap.surgery.cut import cut
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
+CUT_ONLY = {**SETTINGS, "restore": False, "refit_tokens": None}
 TOKENS = torch.arange(2, 42).reshape(2, 20)
 
 
@@ -76,7 +77,7 @@ def test_experts_are_pruned_written_and_opened(source: Path, tmp_path: Path, lay
 
 
 def test_channels_of_a_removed_expert_are_not_shown_as_kept(source: Path) -> None:
-    result = saap.prune(source, pruning_ratio=0.2, layout="uniform", roles=["expert"], restore=False, **SETTINGS)
+    result = saap.prune(source, pruning_ratio=0.2, layout="uniform", roles=["expert"], **CUT_ONLY)
     shown = {part[0]: part[1:] for part in structure_of(saap.discover(source), result.plan)[0].parts}
     left, every = shown["expert"]
     assert left < every
@@ -107,7 +108,7 @@ def test_a_shared_expert_beside_the_others_has_a_size_of_its_own(tmp_path: Path)
 
 def test_methods_that_score_whole_matrices_are_refused_for_experts(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="stacks its experts"):
-        saap.prune(source, pruning_ratio=0.2, out=tmp_path / "small", method="wanda-sp", **SETTINGS)
+        saap.prune(source, pruning_ratio=0.2, out=tmp_path / "small", method="wanda-sp", **CUT_ONLY)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import PruneConfig
 
 SETTINGS = {"samples": 6, "sample_length": 32, "align": 8, "effort": "fast", "refit_tokens": 8192}
+CUT_ONLY = {**SETTINGS, "restore": False, "refit_tokens": None}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_the_stages_are_those_of_the_run(source: Path, tmp_path: Path, kind: str
 
 
 def test_every_ratio_is_made_and_measured(source: Path, tmp_path: Path) -> None:
-    config = PruneConfig(pruning_ratios=(0.1, 0.3), restore=False, **SETTINGS)
+    config = PruneConfig(pruning_ratios=(0.1, 0.3), **CUT_ONLY)
     stages = preview(source, config, RunOptions(out=tmp_path / "out"))["forecast"]["stages"]
     assert sum(stage["name"].startswith("cut, block by block (") for stage in stages) == 2
     assert sum(stage["name"].startswith("search the structure (") for stage in stages) == 2
@@ -62,7 +63,7 @@ def test_every_ratio_is_made_and_measured(source: Path, tmp_path: Path) -> None:
         ({"strategy": "second-order"}, "estimate the importance and the second-order cost of every unit", 4.3 * 6 * 32),
         ({"effort": "default"}, "search the structure", 16 * 128 * 12),
         ({}, "estimate the importance of every unit", 3.5 * 6 * 32),
-        ({"restore": False}, "cut, block by block", 0),
+        ({"restore": False, "refit_tokens": None}, "cut, block by block", 0),
     ],
 )
 def test_seconds_follow_from_the_tokens_and_the_time_of_one(
@@ -138,7 +139,8 @@ def test_weights_that_do_not_fit_are_not_read(source: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("settings", "free", "suggested"),
     [
-        ({}, 10**15, True), ({}, 10**6, False), ({"method": "magnitude"}, 10**15, False),
+        ({}, 10**15, True), ({}, 10**6, False),
+        ({"method": "magnitude", "refit_tokens": None}, 10**15, False),
         ({"roles": ("block",)}, 10**15, False), ({"vocabulary_size": 300}, 10**15, False),
     ],
 )  # fmt: skip
@@ -146,7 +148,7 @@ def test_offloading_is_suggested_where_it_is_possible(
     source: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], free: int, suggested: bool
 ) -> None:
     monkeypatch.setattr(memory, "of_machine", lambda: free)
-    config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS, **settings)
+    config = PruneConfig(pruning_ratios=(0.2,), **{**SETTINGS, **settings})
     remedy = memory_limit.offloading_remedy(source, config, RunOptions())
     assert remedy.startswith("Leave out --dry-run, and use --max-memory ") is suggested
 
@@ -158,7 +160,7 @@ def test_a_dry_run_suggests_offloading(source: Path, monkeypatch: pytest.MonkeyP
     if small == "stages":
         monkeypatch.setattr(run_module, "check_weights_fit", lambda *given: None)
     with pytest.raises(ConfigurationError, match="--max-memory 1GB"):
-        preview(source, PruneConfig(pruning_ratios=(0.2,), restore=False, **SETTINGS), RunOptions())
+        preview(source, PruneConfig(pruning_ratios=(0.2,), **CUT_ONLY), RunOptions())
 
 
 def test_too_little_disk_is_refused(tmp_path: Path) -> None:

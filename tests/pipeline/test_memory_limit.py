@@ -30,6 +30,7 @@ from saap.surgery import distillation
 from saap.surgery import reconstruct as reconstruct_module
 
 SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
+CUT_ONLY = {"restore": False, "refit_tokens": None}
 
 
 def in_memory(part: offload_module.Part) -> bool:
@@ -72,7 +73,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("flags", "own_text"),
     [
-        ({"restore": False}, False), ({}, True), ({"layout": "uniform", "restore": False}, False),
+        (CUT_ONLY, False), ({}, True), ({**CUT_ONLY, "layout": "uniform"}, False),
         ({"dtype": "bfloat16", "strategy": "importance", "align": 1}, False),
     ],
     ids=str,
@@ -102,7 +103,7 @@ def test_offloaded_gives_what_the_model_in_memory_gives(
     assert not (tmp_path / "away.saap-work").exists()
 
 
-@pytest.mark.parametrize("flags", [{"restore": False}, {"merge_experts": True}], ids=str)
+@pytest.mark.parametrize("flags", [CUT_ONLY, {"merge_experts": True}], ids=str)
 def test_offloaded_experts_are_removed_or_merged_as_in_memory(
     tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool]
 ) -> None:
@@ -126,7 +127,7 @@ def test_an_interrupted_estimation_resumes_at_its_block(
     tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch, importance: str
 ) -> None:
     source = mixture(tmp_path / "dense")
-    config = PruneConfig(pruning_ratios=0.25, roles="expert", importance=importance, restore=False, **SETTINGS)
+    config = PruneConfig(pruning_ratios=0.25, roles="expert", importance=importance, **{**SETTINGS, **CUT_ONLY})
     whole = run_prune(source, config, RunOptions(out=tmp_path / "whole", max_memory=1))[0]
     passes: list[int] = []
     stock = walk_module._Walk._forward if importance == "reap" else walk_module._Walk._back
@@ -242,7 +243,7 @@ def test_the_preset_of_the_paper_says_that_its_recovery_is_left_out(
 def test_plans_that_need_the_whole_model_are_refused_by_name(
     source: Path, tmp_path: Path, counts: list[int], roles: list[str], offender: str
 ) -> None:
-    saap.prune(source, pruning_ratio=0.25, roles=roles, restore=False, out=tmp_path / "first", **SETTINGS)
+    saap.prune(source, pruning_ratio=0.25, roles=roles, out=tmp_path / "first", **{**SETTINGS, **CUT_ONLY})
     plan, out = tmp_path / "first" / "saap" / "plan.json", tmp_path / "out"
     with pytest.raises(PlanError, match=f"removes {offender}.*the whole model has to be in memory"):
         saap.prune(source, plan=plan, out=out, max_memory=1, **SETTINGS)
@@ -250,7 +251,7 @@ def test_plans_that_need_the_whole_model_are_refused_by_name(
 
 
 def test_a_plan_without_some_blocks_is_cut_part_by_part(source: Path, tmp_path: Path, counts: list[int]) -> None:
-    cut = {**SETTINGS, "restore": False}
+    cut = {**SETTINGS, **CUT_ONLY}
     saap.prune(source, pruning_ratio=0.25, roles=["block"], out=tmp_path / "whole", **cut)
     assert not counts
     plan = tmp_path / "whole" / "saap" / "plan.json"

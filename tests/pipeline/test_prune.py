@@ -42,6 +42,7 @@ from saap.settings.recover import RecoverConfig
 from saap.structure_search.evaluator import StructureEvaluator
 
 SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
+CUT_ONLY = {**SETTINGS, "restore": False, "refit_tokens": None}
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +214,7 @@ def test_keeping_everything_leaves_the_bits_as_they_were(source: Path, tmp_path:
 
 
 def test_an_edited_plan_is_carried_out(source: Path, tmp_path: Path) -> None:
-    saap.prune(source, pruning_ratio=0.2, out=tmp_path / "first", restore=False, **SETTINGS)
+    saap.prune(source, pruning_ratio=0.2, out=tmp_path / "first", **CUT_ONLY)
     document = json.loads((tmp_path / "first" / "saap" / "plan.json").read_text())
     document["groups"]["layers.0.ffn"] = {"kept": 40}
     document["groups"]["layers.1.attention"] = {"units": "1"}
@@ -229,7 +230,7 @@ def test_blocks_and_hidden_channels(source: Path, tmp_path: Path) -> None:
     blocks = saap.prune(source, pruning_ratio=0.25, roles=["block"], layout="uniform", out=tmp_path / "b", **SETTINGS)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").config.num_hidden_layers == 3
     assert len(blocks.plan.dropped_blocks) == 1
-    hidden = saap.prune(source, pruning_ratio=0.2, roles=["hidden"], restore=False, out=tmp_path / "h", **SETTINGS)
+    hidden = saap.prune(source, pruning_ratio=0.2, roles=["hidden"], out=tmp_path / "h", **CUT_ONLY)
     torch.testing.assert_close(logits(saap.load(tmp_path / "h"), TOKENS), logits(hidden.model, TOKENS))
 
 
@@ -391,9 +392,10 @@ CHANGES = [
     {"importance": "fused"}, {"importance": "vector"}, {"importance": "element1"}, {"importance": "mixed"},
     {"num_samples": 7}, {"sample_length": 32}, {"refit_tokens": 4096}, {"seed": 1}, {"align": 16},
     {"strategy": "uniform"}, {"strategy": "second-order"}, {"strategy": "importance"}, {"strategy": "stability"},
-    {"strategy": "volatility-z"}, {"strategy": "volatility-cv"}, {"restore": False},
-    {"preset": "default", "sample_length": None}, {"preset": "paper"}, {"skip_layers": (0, 0)}, {"roles": ["block"]},
-    {"layout": "uniform"}, {"method": "magnitude"},
+    {"strategy": "volatility-z"}, {"strategy": "volatility-cv"}, {"restore": False, "refit_tokens": None},
+    {"preset": "default", "sample_length": None}, {"preset": "paper", "refit_tokens": None}, {"skip_layers": (0, 0)},
+    {"roles": ["block"]},
+    {"layout": "uniform"}, {"method": "magnitude", "refit_tokens": None},
 ]  # fmt: skip
 CHANGES_OF_FUSED = [{"element_order": "1"}, {"aggregation": "max"}, {"fusion_scope": "global"}]
 

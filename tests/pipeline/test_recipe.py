@@ -94,7 +94,7 @@ def test_a_dry_run_knows_speeds_and_experts(tmp_path: Path) -> None:
     (pruned, _) = preview_recipe(recipe_from({**tree, "prune": asked}, "r"))["steps"]
     assert (pruned["speedup"], pruned["runtime"]) == (1.2, "transformers")
     with pytest.raises(ConfigurationError, match="stacks its experts"):
-        preview_recipe(recipe_from({**tree, "prune": {**SMALL, "method": "flap"}}, "r"))
+        preview_recipe(recipe_from({**tree, "prune": {**SMALL, "method": "flap", "restore": True}}, "r"))
     with pytest.warns(FutureWarning, match="eval.a.against is now eval.a.dense"):
         old = recipe_from({**tree, "eval": {"a": {"texts": ["bundled"], "against": source}}}, "r")
     assert old.eval["a"].dense == source
@@ -368,8 +368,9 @@ def test_a_dry_run_finds_query_heads_and_refuses_roles_as_the_run_does(tmp_path:
     wanted = {**SMALL, "pruning_ratios": [0.05], "roles": ["query"]}
     (pruned,) = preview_recipe(recipe_from({**base, "prune": wanted}, "r"))["steps"]
     assert pruned["parameters"] < tiny.model().num_parameters()
+    refused = {**SMALL, "method": "block-influence", "restore": True, "roles": ["ffn"]}
     with pytest.raises(ConfigurationError, match="always removes block, not ffn"):
-        preview_recipe(recipe_from({**base, "prune": {**SMALL, "method": "block-influence", "roles": ["ffn"]}}, "r"))
+        preview_recipe(recipe_from({**base, "prune": refused}, "r"))
 
 
 @pytest.mark.parametrize(("package", "words"), [("gguf", "gguf needs the package"), ("llama_cpp_py_sync", "Checking")])

@@ -51,6 +51,7 @@ FLAGS = [
 ]  # fmt: skip
 TOKENS = torch.arange(2, 42).reshape(2, 20)
 PRUNING = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "effort": "fast", "align": 32}
+CUT_ONLY = {**PRUNING, "restore": False, "refit_tokens": None}
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -90,7 +91,7 @@ def test_a_dry_run_forecasts_costs_and_gain(
     learned, small = tmp_path / "learned", tmp_path / "small"
     taught = {"data": [text], "tuning": "full", "distillation": 0, "learning_rate": 0.01}
     saap.recover(dense, **taught, out=learned, **{**QUICK, "max_steps": 30})  # so that there is something to lose
-    plain = {**PRUNING, "refit_tokens": None, "restore": False, "roles": ["ffn"]}
+    plain = {**CUT_ONLY, "roles": ["ffn"]}
     saap.prune(learned, pruning_ratio=0.4, out=small, **plain)
     flags = ["recover", str(small), "--data", str(text), "--tuning", tuning, *FLAGS]
     found = json.loads(run(capsys, *flags, "--dry-run", "--json")[1])
@@ -358,7 +359,7 @@ def test_a_recovery_measures_anew_what_was_recorded_with_the_other_kind_of_windo
     source, small = Path(shutil.copytree(dense, tmp_path / "dense")), tmp_path / "small"
     led = byte_tokenizer(bos=True)
     led.save_pretrained(source)
-    pruned = saap.prune(source, pruning_ratio=0.2, out=small, calibration=text, restore=False, **PRUNING).report
+    pruned = saap.prune(source, pruning_ratio=0.2, out=small, calibration=text, **CUT_ONLY).report
     found = {
         bos: saap.recover(small, data=[text], bos=bos, **{**QUICK, "max_steps": 1}).report for bos in (True, False)
     }
@@ -373,7 +374,7 @@ def test_what_a_manifest_says_cannot_steer_the_terminal(
     dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = tmp_path / "small"
-    saap.prune(dense, pruning_ratio=0.2, out=small, calibration=text, restore=False, **PRUNING)
+    saap.prune(dense, pruning_ratio=0.2, out=small, calibration=text, **CUT_ONLY)
     file = small / "saap" / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["answers"] = dict.fromkeys(manifest["answers"], "a\x1b]0;b\x07[red]c\x9b2J")

@@ -135,7 +135,7 @@ def test_a_layer_that_does_nothing_loses_most(strategy: str, effort: str, role: 
         model.model.layers[IRRELEVANT].get_submodule(output).weight *= 1e-2
     text = np.random.default_rng(0).integers(2, tiny.VOCABULARY, (64, 128))
     found = saap.prune(
-        model, pruning_ratio=ratio, calibration=text, samples=16, sample_length=32, refit_tokens=1024, align=8,
+        model, pruning_ratio=ratio, calibration=text, samples=16, sample_length=32, align=8,
         strategy=strategy, roles=(role,), skip_layers=EVERYWHERE, restore=False, effort=effort,
     )  # fmt: skip
     shares = given(found.plan, saap.discover(model), Role(role))

@@ -295,6 +295,9 @@ class PruneConfig(Settings):
                 self.merge_experts and not self.restore,
                 "--merge-experts is a part of the reconstruction", "Leave out --no-restore, or add --restore",
             ), (
+                self.refit_tokens is not None and not self.restore,
+                "--refit-tokens changes nothing where nothing is reconstructed", "Leave it out, or add --restore",
+            ), (
                 not fast and self.flags_given("runtime", "gguf_type"),
                 "--runtime and --gguf-type measure nothing by themselves", "Add --target-speedup",
             ), (
