@@ -44,6 +44,7 @@ IN_MEMORY: dict[str, Any] = {
 }
 MANY = ("llama", "gemma2", "gpt2", "phi3", "bloom", "opt", "falcon", "codegen", "olmo2", "qwen3", "mixtral", "gemma3")
 METHODS = ("random", "magnitude", "llm-pruner-vector", "llm-pruner-mixed", "wanda-sp", "flap", "block-influence")
+CUT_ONLY = {"refit_tokens": None, "restore": False}
 LLAMA: dict[str, dict[str, Any]] = {
     "uniform": {"layout": "uniform"},
     "fast": {"effort": "fast"},
@@ -51,7 +52,7 @@ LLAMA: dict[str, dict[str, Any]] = {
     "hidden": {"roles": ("ffn", "hidden")},
     "block": {"roles": ("ffn", "block")},
     "query": {"roles": ("ffn", "query")},
-    "cut only": {"restore": False},
+    "cut only": CUT_ONLY,
     "vector": {"importance": "vector"},
     "element1": {"importance": "element1"},
     "mixed": {"importance": "mixed"},
@@ -61,7 +62,7 @@ LLAMA: dict[str, dict[str, Any]] = {
     "volatility-cv": {"strategy": "volatility-cv"},
     "skipped": {"skip_layers": (1, 0)},
     "seed": {"seed": 3},
-    **{method: {"method": method} for method in METHODS},
+    **{method: {**CUT_ONLY, "method": method} for method in METHODS},
     "flap restored": {"method": "flap", "restore": True},
 }
 FAST = ["--effort", "fast", "--num-samples", "6", "--sample-length", "32", "--refit-tokens", "2048", "--align", "16"]
