@@ -105,8 +105,8 @@ def summarise(cells: Cells) -> Values:
     kinds = {"literal": [one for name, one in own.items() if name.startswith("volatility")]}
     kinds["usual"] = [one for name, one in own.items() if not name.startswith("volatility")]
     return {
-        "tables": tables, "texts": list(TEXTS), "behind": behind, "most": max(behind.values(), default=0.0),
-        **{name: [min(values), max(values)] for name, values in {**kinds, "gain": gains}.items() if values},
+        "tables": tables, "texts": list(TEXTS), "models": len(behind), "most": max(behind.values(), default=0.0),
+        **{name: [min(values), max(values)] for name, values in {**kinds, "gain": gains}.items() if len(values) > 1},
     }  # fmt: skip
 
 
