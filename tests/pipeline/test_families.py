@@ -74,7 +74,7 @@ def test_whole_blocks_leave_where_nothing_inside_them_can(family: str, tmp_path:
     assert len(result.plan.dropped_blocks) > 0
     assert saap.load(tmp_path / "out").num_parameters() == result.report.parameters
     with pytest.raises(ConfigurationError, match=r"scores a block by its units, and .* has none that can be removed"):
-        prune(source, tmp_path / "other", method="block-influence", pruning_ratio=0.2)
+        prune(source, tmp_path / "other", method="block-influence", pruning_ratio=0.2, refit_tokens=None)
 
 
 @pytest.mark.parametrize("layout", Layout)

@@ -63,12 +63,15 @@ def test_the_judge_compares_structures_with_fewer_heads(source: Path) -> None:
 
 
 def test_what_cannot_be_asked_is_refused(source: Path, tmp_path: Path) -> None:
+    of_a_baseline = {**SETTINGS, "refit_tokens": None}
     with pytest.raises(ConfigurationError, match="attention and query cannot be combined"):
         saap.prune(source, pruning_ratio=0.2, roles=["attention", "query"], **SETTINGS)
     with pytest.raises(ConfigurationError, match="flap does not score units of the role query"):
-        saap.prune(source, pruning_ratio=0.2, roles=["ffn", "query"], method="flap", **SETTINGS)
+        saap.prune(source, pruning_ratio=0.2, roles=["ffn", "query"], method="flap", **of_a_baseline)
     with pytest.raises(ConfigurationError, match="random does not score units of the role hidden"):
-        saap.prune(source, pruning_ratio=0.2, roles=["ffn", "hidden"], method="random", layout="uniform", **SETTINGS)
+        saap.prune(
+            source, pruning_ratio=0.2, roles=["ffn", "hidden"], method="random", layout="uniform", **of_a_baseline
+        )
     single = tiny.folder(tmp_path / "dense", num_key_value_heads=4)
     with pytest.raises(TargetError, match="no query groups can be pruned"):
         saap.prune(single, pruning_ratio=0.1, roles=["query"], **SETTINGS)
