@@ -16,6 +16,7 @@ from saap.core.errors import LayoutError, PlanError
 from saap.core.records import Role
 from saap.discovery import discover
 from saap.models.loading.pretrained import load
+from saap.pipeline.shared.legality import require_divisible
 
 SETTINGS: dict[str, Any] = {"num_samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 
@@ -57,6 +58,21 @@ def test_kv_groups_that_are_copied_to_the_devices_all_stay(source: Path) -> None
     settings = {**SETTINGS, "skip_layers": (0, 0), "strategy": "importance", "align": 24}
     result = saap.prune(source, pruning_ratio=0.2, tensor_parallel=12, **settings)
     assert not any("attention" in name for name in result.plan.keep)
+
+
+def test_query_heads_are_divisible_where_kv_groups_are_copied(source: Path) -> None:
+    with pytest.raises(LayoutError, match=r"does not divide the 12 query heads of layers.0.attention"):
+        saap.prune(source, pruning_ratio=0.2, tensor_parallel=24, **SETTINGS)
+    wide = tiny.model(2, hidden_size=64, num_attention_heads=8, num_key_value_heads=2)
+    settings = {**SETTINGS, "calibration": torch.randint(2, 300, (96, 64)), "roles": ["query"], "skip_layers": (0, 0)}
+    result = saap.prune(wide, pruning_ratio=0.1, tensor_parallel=4, **settings)
+    kept = [len(units) for units in result.plan.keep.values()]
+    assert kept
+    assert all(2 * heads % 4 == 0 for heads in kept)
+    graph = discover(tiny.model(2, hidden_size=64, num_attention_heads=8, num_key_value_heads=2), finer_heads=True)
+    require_divisible(graph, result.plan.keep, 4)
+    with pytest.raises(PlanError, match="keeps 3 units"):
+        require_divisible(graph, {graph.of_role(Role.QUERY)[0].name: 3}, 4)
 
 
 def test_a_given_plan_is_checked(source: Path, tmp_path: Path) -> None:

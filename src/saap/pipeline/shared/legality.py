@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from saap.core.errors import LayoutError, PlanError, SaapError, UnsupportedModelError, failure_of
-from saap.core.records import Layout, ModelGraph, Role
+from saap.core.records import CoupledGroup, Layout, ModelGraph, Role
 from saap.evaluation.perplexity import model_logits
 from saap.models.checkpoint.stock_config import uniform_config
 from saap.models.structure.keep_index import Kept
@@ -71,29 +71,44 @@ def divisible_sizes(
     """The legal sizes that `tensor_parallel` devices divide; channels are aligned to them anyway.
 
     A layer keeps at least one KV group for each device. Fewer KV groups than devices are copied, so they only have to
-    divide the devices, and all stay. Raises LayoutError for a model whose own sizes are not divisible.
+    divide the devices, and all stay; then the devices must divide the query heads. Raises LayoutError for a model whose
+    own sizes are not divisible.
     """
-    devices, found = config.tensor_parallel, {}
+    devices, found, attention = config.tensor_parallel, {}, list(graph.of_role(Role.ATTENTION))
     for group in graph.groups:
-        copied = group.role is Role.ATTENTION and devices % group.units == 0
-        if group.role in (Role.ATTENTION, Role.FFN) and group.units % devices and not copied:
-            units = "KV groups" if group.role is Role.ATTENTION else "channels"
+        count, units = group.units, "channels"
+        if group.role is Role.ATTENTION:
+            copied = devices % group.units == 0
+            count, units = (_query_heads(group), "query heads") if copied else (group.units, "KV groups")
+        if group.role in (Role.ATTENTION, Role.FFN) and count % devices:
             raise LayoutError(
-                f"--tensor-parallel {devices} does not divide the {group.units} {units} of {group.name}",
-                f"Use a divisor of {group.units}, or leave it out",
+                f"--tensor-parallel {devices} does not divide the {count} {units} of {group.name}",
+                f"Use a divisor of {count}, or leave it out",
             )
     for role in unit_roles(config.block_roles):
         largest = max((group.units for group in graph.of_role(role)), default=0)
-        sizes = range(devices, largest + 1, devices) if role is Role.ATTENTION else range(largest + 1)
+        sizes: Iterable[int] = range(devices, largest + 1, devices) if role is Role.ATTENTION else range(largest + 1)
+        if role is Role.QUERY:  # so many heads of each KV group
+            sizes = [size for size in sizes if not any(size * group.units % devices for group in attention)]
         found[role] = frozenset(sizes) if legal is None else legal[role].intersection(sizes)
     return found
+
+
+def _query_heads(attention: CoupledGroup) -> int:
+    """How many a module has: members of queries are wider than those of keys and values."""
+    widths = [member.width for member in attention.members]
+    return attention.units * max(widths) // min(widths)
 
 
 def require_divisible(graph: ModelGraph, keep: Mapping[str, Kept], devices: int) -> None:
     """Raise PlanError for sizes of a given plan that the devices do not divide. keep: by name of the group."""
     for name, kept in keep.items():
         group, size = graph.group(name), kept if isinstance(kept, int) else len(kept)
-        if group.role in (Role.ATTENTION, Role.FFN) and size < group.units and size % devices:
+        if group.role is Role.QUERY:  # so many heads of each KV group
+            divided = size * next(each.units for each in graph.of_role(Role.ATTENTION) if each.layer == group.layer)
+        else:
+            divided = size if group.role in (Role.ATTENTION, Role.FFN) else 0
+        if size < group.units and divided % devices:
             raise PlanError(
                 f"The plan keeps {size} units of {name}, which --tensor-parallel {devices} does not divide",
                 "Change the plan, or leave --tensor-parallel out",
