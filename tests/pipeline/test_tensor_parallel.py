@@ -13,8 +13,9 @@ from tests.pipeline import tiny
 
 import saap
 from saap.core.errors import LayoutError, PlanError
-from saap.core.records import Role
+from saap.core.records import AxisSlice, Role, Side
 from saap.discovery import discover
+from saap.discovery.groups import query_members
 from saap.models.loading.pretrained import load
 from saap.pipeline.shared.legality import require_divisible
 
@@ -73,6 +74,20 @@ def test_query_heads_are_divisible_where_kv_groups_are_copied(source: Path) -> N
     require_divisible(graph, result.plan.keep, 4)
     with pytest.raises(PlanError, match="keeps 3 units"):
         require_divisible(graph, {graph.of_role(Role.QUERY)[0].name: 3}, 4)
+
+
+def test_heads_that_share_no_keys_are_told_from_those_of_unknown_width() -> None:
+    def heads(*widths: int) -> int:
+        sides = [Side.PRODUCER] * (len(widths) - 1) + [Side.CONSUMER]
+        sliced = [
+            AxisSlice(tensor=f"{n}", axis=0, side=side, offset=0, width=width, stride=width)
+            for n, (width, side) in enumerate(zip(widths, sides, strict=True))
+        ]
+        return query_members(sliced)[1]
+
+    assert heads(8, 8, 8, 8) == 1
+    assert heads(32, 8, 8, 32) == 4
+    assert heads(192, 256, 128) == 0  # latent attention: query, key and value, output
 
 
 def test_a_given_plan_is_checked(source: Path, tmp_path: Path) -> None:

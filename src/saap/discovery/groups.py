@@ -215,20 +215,28 @@ def _leading_out(groups: list[TracedGroup]) -> list[TracedGroup]:
     ]
 
 
-def query_heads(group: TracedGroup) -> TracedGroup | None:
-    """The query heads of attention: unit u is head u of each KV group. None if each KV group has one head.
+def query_members(members: Sequence[AxisSlice]) -> tuple[list[AxisSlice], int]:
+    """Members of queries that are wider than keys and values, and the query heads of a KV group: 0 if it is not known.
 
     Members of queries are wider than those of keys and values by the number of heads in a group. They are identified by
     size alone; removal is compared with masking on a small model as for any other group.
     """
-    narrow = min((member.width for member in group.members), default=0)
-    wide = [member for member in group.members if member.width > narrow]
+    narrow = min((member.width for member in members), default=0)
+    wide = [member for member in members if member.width > narrow]
     widths = {member.width for member in wide}
-    if group.refusal or group.role is not Role.ATTENTION or len(widths) != 1:
-        return None
+    if not wide:
+        return [], 1
     heads, rest = divmod(widths.pop(), narrow)
-    if rest or not any(member.side is Side.CONSUMER for member in wide):
+    known = not (widths or rest) and any(member.side is Side.CONSUMER for member in wide)
+    return (wide, heads) if known else ([], 0)
+
+
+def query_heads(group: TracedGroup) -> TracedGroup | None:
+    """The query heads of attention: unit u is head u of each KV group. None if each KV group has one head."""
+    wide, heads = query_members(group.members)
+    if group.refusal or group.role is not Role.ATTENTION or not wide:
         return None
+    narrow = wide[0].width // heads
     members = tuple(
         replace(member, offset=member.rows(unit).start, width=narrow, stride=narrow, period=0, jump=0)
         for unit in range(group.units)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from math import gcd, lcm
 
 import torch
 from torch import nn
 
 from saap.core.errors import LayoutError, PlanError, SaapError, UnsupportedModelError, failure_of
 from saap.core.records import CoupledGroup, Layout, ModelGraph, Role
+from saap.discovery.groups import query_members
 from saap.evaluation.perplexity import model_logits
 from saap.models.checkpoint.stock_config import uniform_config
 from saap.models.structure.keep_index import Kept
@@ -74,41 +76,44 @@ def divisible_sizes(
     divide the devices, and all stay; then the devices must divide the query heads. Raises LayoutError for a model whose
     own sizes are not divisible.
     """
-    devices, found, attention = config.tensor_parallel, {}, list(graph.of_role(Role.ATTENTION))
+    devices, found, steps = config.tensor_parallel, {}, _steps(graph, config.tensor_parallel)
     for group in graph.groups:
-        count, units = group.units, "channels"
-        if group.role is Role.ATTENTION:
-            copied = devices % group.units == 0
-            count, units = (_query_heads(group), "query heads") if copied else (group.units, "KV groups")
-        if group.role in (Role.ATTENTION, Role.FFN) and count % devices:
+        count, units = _shared_units(group, devices)
+        if count % devices:
             raise LayoutError(
                 f"--tensor-parallel {devices} does not divide the {count} {units} of {group.name}",
                 f"Use a divisor of {count}, or leave it out",
             )
     for role in unit_roles(config.block_roles):
         largest = max((group.units for group in graph.of_role(role)), default=0)
-        sizes: Iterable[int] = range(devices, largest + 1, devices) if role is Role.ATTENTION else range(largest + 1)
-        if role is Role.QUERY:  # so many heads of each KV group
-            sizes = [size for size in sizes if not any(size * group.units % devices for group in attention)]
+        sizes = range(devices if role is Role.ATTENTION else 0, largest + 1, steps.get(role, 1))
         found[role] = frozenset(sizes) if legal is None else legal[role].intersection(sizes)
     return found
 
 
-def _query_heads(attention: CoupledGroup) -> int:
-    """How many a module has: members of queries are wider than those of keys and values."""
-    widths = [member.width for member in attention.members]
-    return attention.units * max(widths) // min(widths)
+def _shared_units(group: CoupledGroup, devices: int) -> tuple[int, str]:
+    """How many parts of a group the devices share, 0 for other roles, and what these are."""
+    if group.role is Role.FFN:
+        return group.units, "channels"
+    if group.role is not Role.ATTENTION:
+        return 0, ""
+    copied = devices % group.units == 0
+    return (query_members(group.members)[1] * group.units, "query heads") if copied else (group.units, "KV groups")
+
+
+def _steps(graph: ModelGraph, devices: int) -> dict[Role, int]:
+    """Of what the kept units are a multiple, by role, so that the devices divide heads and channels."""
+    kv_groups = [group.units for group in graph.of_role(Role.ATTENTION)]
+    heads = lcm(*(devices // gcd(devices, count) for count in kv_groups))  # so many of each KV group
+    return {Role.ATTENTION: devices, Role.FFN: devices, Role.QUERY: heads}
 
 
 def require_divisible(graph: ModelGraph, keep: Mapping[str, Kept], devices: int) -> None:
     """Raise PlanError for sizes of a given plan that the devices do not divide. keep: by name of the group."""
+    steps = _steps(graph, devices)
     for name, kept in keep.items():
         group, size = graph.group(name), kept if isinstance(kept, int) else len(kept)
-        if group.role is Role.QUERY:  # so many heads of each KV group
-            divided = size * next(each.units for each in graph.of_role(Role.ATTENTION) if each.layer == group.layer)
-        else:
-            divided = size if group.role in (Role.ATTENTION, Role.FFN) else 0
-        if size < group.units and divided % devices:
+        if size < group.units and size % steps.get(group.role, 1):
             raise PlanError(
                 f"The plan keeps {size} units of {name}, which --tensor-parallel {devices} does not divide",
                 "Change the plan, or leave --tensor-parallel out",
