@@ -17,7 +17,7 @@ COMMANDS = {
     "prune": ("prune", "Prune a model and write a smaller checkpoint."),
     "recover": ("recover", "Tune a pruned model on text, by default with quantised weights."),
     "eval": ("evaluate", "Measure perplexity, zero-shot tasks, generation, conversations and speed."),
-    "compare": ("compare", "Compare pruning methods: same calibration, same number to remove, one table."),
+    "compare": ("compare", "Compare pruning methods: same calibration, same pruning ratio, one table."),
     "export": ("export", "Write a model for llama.cpp or Ollama, or upload it."),
     "generate": ("generate", "Answer a prompt with a pruned model and its dense model."),
     "chat": ("chat", "Chat with a pruned model and its dense model, in the terminal or a web page."),

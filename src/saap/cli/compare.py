@@ -14,7 +14,7 @@ from saap.settings.setting import Only
 def compare(
     model: Model, request: CompareRequest, options: Annotated[RunOptions, Only(("out", *READS))], display: Display
 ) -> None:
-    """Compare methods on MODEL: same calibration, same number of parameters to remove, one table.
+    """Compare methods on MODEL: same calibration, same pruning ratio, one table.
 
     A second run on the same folder resumes, and adds new methods and ratios.
     """
