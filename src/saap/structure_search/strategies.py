@@ -6,7 +6,6 @@ The two indicators below are our readings of it. The default strategy chooses am
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from operator import add
 from typing import NamedTuple
 
 import numpy as np
@@ -28,17 +27,12 @@ SPREAD = 0.3
 
 # Protecting both ends was measured to beat every rule driven by importance (SmolLM2: first 4 and last 2 of 30 layers).
 FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
-END_STEP, MOST_PROTECTED = 2 / 30, 20 / 30
-"""By how many of all blocks the search moves an end, and how many at most it protects."""
-ATTENTION_STEP = 0.5
-"""By how much the search moves the share of attention modules, relative to an FFN's."""
-MARGIN = 0.1
-"""Share of its loss by which another plan must be better than the first one.
-
-Where they differ by less, masking does not tell which of the two is better after a reconstruction, on other text. At
-20 % the plans with the least masked loss, 2 % below SmolLM2's first one and 8 % below Gemma's, were then better on some
-texts and worse on others. A reconstruction also restores FFN channels better than attention heads.
-"""
+ATTENTION_SHARES = (0.5, 1.0)
+"""Shares of attention modules, relative to an FFN's, that the search tries one after the other."""
+WAVES, WAVE_SCALE = 4, 0.3
+"""Cosines over the depth by which the search bends the shares of modules, and the spread of their random steps."""
+LEAST_SHARE = 0.02
+"""What a module that loses nothing counts as losing, so that bent shares can take something from it."""
 
 
 def uniform(problem: SearchProblem) -> Proposal:
@@ -139,17 +133,6 @@ def module_shares(variables: Sequence[DecisionVariable], scores: Scores, *, atte
     return shares.tolist()
 
 
-class _Shares(NamedTuple):
-    """A uniform plan: what an attention module loses relative to an FFN, and how many blocks are protected at the ends.
-
-    As a move, by how much each of the three changes.
-    """
-
-    attention: float
-    first: int
-    last: int
-
-
 class _Measured(NamedTuple):
     """A candidate, the units that it keeps, and its losses on the held-out samples, (samples,)."""
 
@@ -157,15 +140,19 @@ class _Measured(NamedTuple):
     keep: dict[str, tuple[int, ...]]
     losses: FloatArray
 
-    def is_clearly_better(self, other: "_Measured", margin: float = 0.0) -> bool:
-        """Whether its loss is lower by that share and more than the standard error of the mean difference.
+    @property
+    def loss(self) -> float:
+        """Their mean; infinite if one is not finite."""
+        return float(self.losses.mean()) if np.isfinite(self.losses).all() else np.inf
+
+    def is_clearly_better(self, other: "_Measured") -> bool:
+        """Whether its loss is lower by more than the standard error of the mean difference.
 
         One sample has no such error, so it decides nothing; losses that are not finite are worse than all others.
         """
-        finite, others = bool(np.isfinite(self.losses).all()), bool(np.isfinite(other.losses).all())
-        if not finite or not others or len(self.losses) < 2:
-            return finite and not others
-        difference = (1 - margin) * other.losses - self.losses
+        if np.inf in (self.loss, other.loss) or len(self.losses) < 2:
+            return self.loss < np.inf == other.loss
+        difference = other.losses - self.losses
         return bool(difference.mean() > difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
@@ -186,31 +173,38 @@ class _Trail:
         self._problem.guide.progress(len(self.measured), self._problem.guide.evaluations)
         return self.measured[-1]
 
-    def after_moves(self, start: _Measured) -> _Measured:
-        """A uniform plan after all moves that make it clearly better, in the order of `_moves`.
+    def with_attention(self, best: _Measured) -> _Measured:
+        """A uniform plan with the largest share of attention up to which each step made it clearly better.
 
-        A move that changes nothing, as half a share of few heads, does not end its direction.
+        A step that changes nothing, as half a share of few heads, is not the last.
         """
-        problem, shares = self._problem, _default_shares(self._problem)
-        for move in _moves(problem):
-            moved = shares
-            while _allowed(moved := _Shares(*map(add, moved, move)), problem):
-                found = self.add(_by_shares(problem, moved, start.proposal.orders))
-                if found is None:
-                    return start
-                if found is start:
-                    continue
-                if not found.is_clearly_better(start):
-                    break
-                shares, start = moved, found
-        return start
+        for share in ATTENTION_SHARES if _of_both(self._problem) else ():
+            found = self.add(_uniform(self._problem, share, best.proposal.orders))
+            if found is None or (found is not best and not found.is_clearly_better(best)):
+                break
+            best = found
+        return best
+
+    def evolved(self, best: _Measured) -> _Measured:
+        """The best of its children, one after the other: each bends the sizes of the best one so far at random."""
+        problem, generator, parent = self._problem, np.random.default_rng(0), np.zeros(WAVES)
+        pairs = zip(problem.variables, best.proposal.sizes, strict=True)
+        shares = np.array([max(1 - size / variable.units, LEAST_SHARE) for variable, size in pairs])
+        for index in range(problem.guide.evaluations):  # each child may equal one that was measured
+            amplitudes = parent + generator.normal(0, WAVE_SCALE, WAVES)
+            decrements = problem.by_share((shares * _waves(problem, amplitudes)).tolist())
+            child = self.add(problem.propose(f"evolution {index}", decrements, best.proposal.orders))
+            if child is None:
+                break
+            if child.loss < best.loss:
+                best, parent = child, amplitudes
+        return best
 
     def of(self, best: _Measured) -> Proposal:
         """The best proposal, with all that were measured."""
         self._problem.guide.progress(self._problem.guide.evaluations, self._problem.guide.evaluations)
-        losses = {id(one): float(one.losses.mean()) for one in self.measured}
-        order = sorted(self.measured, key=lambda one: (one is not best, losses[id(one)]))
-        trail = tuple(Candidate(name=one.proposal.name, loss=losses[id(one)]) for one in order)
+        order = sorted(self.measured, key=lambda one: (one is not best, one.loss))
+        trail = tuple(Candidate(name=one.proposal.name, loss=float(one.losses.mean())) for one in order)
         return dataclasses.replace(best.proposal, trail=trail)
 
 
@@ -218,10 +212,11 @@ def adaptive(problem: SearchProblem) -> Proposal:
     """The first candidate unless the loss of another is clearly lower, with the trail of all that were measured.
 
     First comes one ranking of all units by second-order cost, where that is known; then a uniform plan, FFN alone and
-    both ends protected, from which attention's share and the protected ends move step by step; then plans by the
-    importance of modules and of units. One candidate replaces another only if its loss is lower by more than the
-    standard error of the difference, as in the one-standard-error rule of Breiman et al. (1984): the fewer samples, the
-    larger must a difference be. The first one is kept unless the best of the others is better by `MARGIN` as well.
+    both ends protected, from which attention's share grows; plans by the importance of modules and of units; and an
+    evolution of the best of these, which bends how much is removed over the depth. One candidate replaces another only
+    if its loss is lower by more than the standard error of the difference, as in the one-standard-error rule of Breiman
+    et al. (1984): the fewer samples, the larger must a difference be. In the evolution the lower loss is enough, until
+    the best is compared with the first candidate.
     """
     starts, evaluator = _starts(problem), problem.guide.evaluator
     if evaluator is None or problem.guide.evaluations < 2:
@@ -229,22 +224,22 @@ def adaptive(problem: SearchProblem) -> Proposal:
     trail = _Trail(problem, evaluator)
     for start in starts:
         trail.add(start)
-    first, uniform_start = trail.measured[0], trail.measured[-1]
-    best = trail.after_moves(uniform_start)
+    first, best = trail.measured[0], trail.with_attention(trail.measured[-1])
     for proposal in _by_importance(problem, starts[0].orders):
-        other = trail.add(proposal)
-        if other is not None and other.is_clearly_better(best):
-            best = other
-    return trail.of(best if best.is_clearly_better(first, MARGIN) else first)
+        found = trail.add(proposal)
+        if found is not None and found.is_clearly_better(best):
+            best = found
+    best = trail.evolved(best if best.is_clearly_better(first) else first)
+    return trail.of(best if best.is_clearly_better(first) else first)
 
 
 def _starts(problem: SearchProblem) -> list[Proposal]:
     """The most promising first, in the same order of units: a ranking by second-order cost, if known; equal shares."""
     ranking, costs = _ranking(problem), problem.guide.costs
     if ranking is None or costs is None:
-        return [_by_shares(problem, _default_shares(problem), importance_order(problem.scores))]
+        return [_uniform(problem, _least_of_attention(problem), importance_order(problem.scores))]
     orders = {**costs.orders}
-    equal = _by_shares(problem, _default_shares(problem), orders)
+    equal = _uniform(problem, _least_of_attention(problem), orders)
     return [problem.propose("second-order cost", ranking, orders), equal]
 
 
@@ -268,20 +263,21 @@ def _ranking(problem: SearchProblem) -> list[Decrement] | None:
     return problem.by_score(lambda name: costs.scores[name][costs.orders[name]])
 
 
-def _default_shares(problem: SearchProblem) -> _Shares:
-    """FFN alone, where there is any."""
-    return _Shares(float(all(one.of_heads for one in problem.variables)), *default_ends(len(problem.graph.blocks)))
+def _least_of_attention(problem: SearchProblem) -> float:
+    """The share of attention in the first plan: none, where there is anything else."""
+    return float(all(one.of_heads for one in problem.variables))
 
 
-def _by_shares(problem: SearchProblem, shares: _Shares, orders: Orders) -> Proposal:
+def _uniform(problem: SearchProblem, attention: float, orders: Orders) -> Proposal:
     """Equal shares of all variables, but attention's own, and none of those that lie at protected ends alone."""
-    ends = set(protected_layers(len(problem.graph.blocks), shares[1:])) if problem.protects_ends else set[int]()
+    first, last = default_ends(len(problem.graph.blocks))
+    ends = set(protected_layers(len(problem.graph.blocks))) if problem.protects_ends else set[int]()
     protected = [all(group.layer in ends for group in one.groups) for one in problem.variables]
     parts = ["uniform"]
-    parts += [f"attention {shares.attention:g}"] if shares.attention and _of_both(problem) else []
-    parts += [f"first {shares.first} and last {shares.last} protected"] if any(protected) else []
+    parts += [f"attention {attention:g}"] if attention and _of_both(problem) else []
+    parts += [f"first {first} and last {last} protected"] if any(protected) else []
     each = [
-        0.0 if at_end else shares.attention if one.of_heads else 1.0
+        0.0 if at_end else attention if one.of_heads else 1.0
         for one, at_end in zip(problem.variables, protected, strict=True)
     ]
     return problem.propose(", ".join(parts), problem.by_share(each), orders)
@@ -293,16 +289,15 @@ def _by_importance(problem: SearchProblem, orders: Orders) -> list[Proposal]:
     return [problem.propose("module importance", problem.by_share(shares), orders), importance(problem)]
 
 
-def _moves(problem: SearchProblem) -> list[_Shares]:
-    """Moves in the order in which they are tried, each as long as it improves the plan."""
-    step = max(1, round(END_STEP * len(problem.graph.blocks)))
-    ends = [_Shares(0, 0, step), _Shares(0, step, 0), _Shares(0, 0, -step), _Shares(0, -step, 0)]
-    return [*([_Shares(ATTENTION_STEP, 0, 0)] if _of_both(problem) else []), *(ends if problem.protects_ends else [])]
+def _waves(problem: SearchProblem, amplitudes: FloatArray) -> FloatArray:
+    """A factor for each variable that varies slowly over the depth of the model, (variables,).
 
-
-def _allowed(shares: _Shares, problem: SearchProblem) -> bool:
-    protected = shares.first + shares.last
-    return shares.attention <= 1 and min(shares) >= 0 and protected <= MOST_PROTECTED * len(problem.graph.blocks)
+    amplitudes: (WAVES,), of cosines over the depth, whose sum is the logarithm of the factor.
+    """
+    layers = [np.mean([group.layer for group in variable.groups]) for variable in problem.variables]
+    places = (np.array(layers) + 0.5) / max(1, len(problem.graph.blocks))
+    waves = np.cos(np.pi * np.outer(places, np.arange(1, WAVES + 1)))
+    return np.exp(waves @ amplitudes)
 
 
 def _of_both(problem: SearchProblem) -> bool:
