@@ -244,8 +244,8 @@ class PruneConfig(Settings):
         return made
 
     @model_validator(mode="after")
-    def _check_removal(self) -> Self:
-        """What is removed, and how much of it."""
+    def _check_targets(self) -> Self:
+        """How much is removed, of the model and of its vocabulary."""
         targets = {
             "--pruning-ratio": self.pruning_ratios, "--target-params": self.target_parameters,
             "--target-size": self.target_bytes, "--target-speedup": self.target_speedup, "--plan": self.plan,
@@ -257,8 +257,6 @@ class PruneConfig(Settings):
         }  # fmt: skip
         sized, every = [flag for flag, size in sizes.items() if size is not None], ", ".join(sizes)
         fast, roles = self.target_speedup is not None, set(self.roles)
-        untimed = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in roles]
-        unread = self.flags_changed("skip_layers", "strategy")
         of_tokens = PrunableRole.VOCABULARY in roles or bool(self.languages)
         faults = (
             (len(sized) > 1, f"{' and '.join(sized)} were given together", f"Give one of {every}"),
@@ -273,7 +271,19 @@ class PruneConfig(Settings):
                 len(given) > 1 or not (given or self.prunes_vocabulary),
                 f"{' and '.join(given)} were given together" if given else "no target was given",
                 f"Give exactly one of {', '.join(targets)}",
-            ), (
+            ),
+        )  # fmt: skip
+        require_none(faults)
+        return self
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        """What is removed, and from where."""
+        fast, roles = self.target_speedup is not None, set(self.roles)
+        untimed = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in roles]
+        unread = self.flags_changed("skip_layers", "strategy")
+        faults = (
+            (
                 self.plan is not None and unread,
                 f"a given --plan is not changed by {' and '.join(unread)}", "Leave out one of the two",
             ), (

@@ -373,9 +373,8 @@ class _BlockByBlock:
     def _choose(self, consumer: _Consumer, weight: Tensor, fit: Moments, held_out: Moments) -> tuple[int, ...]:
         """The units that stay: the plan's own, or as many by second-order cost."""
         alone = not consumer.bundle and len({member.tensor for member in consumer.group.consumers}) == 1
-        if not alone:
-            return self.plan.kept(consumer.group)
-        return self._by_second_order(consumer.group, weight, fit, held_out)
+        own = self.plan.kept(consumer.group)
+        return self._by_second_order(consumer.group, weight, fit, held_out) if alone else own
 
     def _by_second_order(self, group: CoupledGroup, weight: Tensor, fit: Moments, held_out: Moments) -> tuple[int, ...]:
         """As many units of one consumer as the plan keeps. weight: (outputs, channels)."""
