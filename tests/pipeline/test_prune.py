@@ -393,7 +393,7 @@ CHANGES = [
     {"num_samples": 7}, {"sample_length": 32}, {"refit_tokens": 4096}, {"seed": 1}, {"align": 16},
     {"strategy": "uniform"}, {"strategy": "second-order"}, {"strategy": "importance"}, {"strategy": "stability"},
     {"strategy": "volatility-z"}, {"strategy": "volatility-cv"}, {"restore": False, "refit_tokens": None},
-    {"preset": "default", "sample_length": None}, {"preset": "paper", "refit_tokens": None}, {"skip_layers": (0, 0)},
+    {"preset": "default", "sample_length": None}, {"preset": "paper", "refit_tokens": None}, {"skip_layers": (1, 0)},
     {"roles": ["block"]},
     {"layout": "uniform"}, {"method": "magnitude", "refit_tokens": None},
 ]  # fmt: skip
