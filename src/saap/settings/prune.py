@@ -278,7 +278,7 @@ class PruneConfig(Settings):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        """What is removed, and from where."""
+        """No settings that exclude each other, or that change nothing together."""
         fast, roles = self.target_speedup is not None, set(self.roles)
         untimed = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in roles]
         unread = self.flags_changed("skip_layers", "strategy")
