@@ -164,7 +164,7 @@ def test_only_the_answers_of_a_conversation_are_scored() -> None:
         ("[user]a b[end][assistant]", "c d[end]"),
         ("[user]a b[end][assistant]c d[end][user]e[end][assistant]", "f[end]"),
     ]
-    found = chat_perplexity(model, tokenizer, [conversation()])
+    found = chat_perplexity(model, tokenizer, {"a.jsonl, line 1": conversation()})
     spans = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in turn] for turn in turns]
     losses = torch.cat([continuation(model, context, answer)[0] for context, answer in spans])
     assert found.nll == pytest.approx(float(losses.mean()))
@@ -174,14 +174,14 @@ def test_only_the_answers_of_a_conversation_are_scored() -> None:
 def test_conversations_that_cannot_be_scored_are_refused() -> None:
     tokenizer, model = tiny.tokenizer(), tiny.model()
     with pytest.raises(EvaluationError, match="no chat template"):
-        chat_perplexity(model, tokenizer, [conversation()])
+        chat_perplexity(model, tokenizer, {"a.jsonl, line 1": conversation()})
     tokenizer.chat_template = TEMPLATE
     for without in (conversation()[:1], conversation()[1:2]):  # no answer, and one to nothing
-        with pytest.raises(EvaluationError, match="no turn of an assistant after another message"):
-            check_conversations(tokenizer, [without])
+        with pytest.raises(EvaluationError, match="line 1 has no turn of an assistant after another message"):
+            check_conversations(tokenizer, {"a.jsonl, line 1": without})
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(EvaluationError, match="does not fit"):
-        chat_perplexity(model, tokenizer, [conversation()])
+    with pytest.raises(EvaluationError, match="line 1 does not fit"):
+        chat_perplexity(model, tokenizer, {"a.jsonl, line 1": conversation()})
     tokenizer.chat_template = "{{ messages | length }}" + json.dumps("x")
     with pytest.raises(EvaluationError, match="generation prompt"):
-        chat_perplexity(model, tokenizer, [conversation()])
+        chat_perplexity(model, tokenizer, {"a.jsonl, line 1": conversation()})

@@ -32,36 +32,27 @@ from saap.structure_search.strategies import (
     adaptive,
     importance,
     module_shares,
-    protected_layers,
 )
 from saap.surgery.reconstruct import ReconstructionSettings
 
 Result = TypeVar("Result")
 RATIOS = ("0.2", "0.5", "0.1", "0.3")
-MODELS = {SMOLLM2: RATIOS, GEMMA: RATIOS, QWEN: RATIOS[:2]}
+MODELS = {SMOLLM2: RATIOS, GEMMA: RATIOS[:2], QWEN: RATIOS[:1]}
 """Pruning ratios of each model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Shares by place in the depth, equal for FFNs in the middle.
-
-    first, last: shares of the blocks that lose nothing. slope: by how much the share at the end is above the mean.
-    attention: share of an attention module relative to an FFN's.
-    """
+    """Equal shares of the FFNs, but at both ends. first, last: shares of the blocks that lose nothing."""
 
     meaning: str
     first: float = FIRST_SHARE
     last: float = LAST_SHARE
-    slope: float = 0.0
-    attention: float = 0.0
 
     def share(self, variable: DecisionVariable, blocks: int) -> float:
         """The share that a module loses, relative to the others."""
-        layer = variable.groups[0].layer
-        if layer in protected_layers(blocks, (round(self.first * blocks), round(self.last * blocks))):
-            return 0.0
-        return (self.attention if variable.of_heads else 1.0) * (1 + self.slope * ((2 * layer + 1) / blocks - 1))
+        inside = round(self.first * blocks) <= variable.groups[0].layer < blocks - round(self.last * blocks)
+        return float(inside and not variable.of_heads)
 
 
 DEFAULT, KNAPSACK = "default search", "knapsack"
@@ -70,12 +61,6 @@ PROFILES = {
     "first 6": Profile(meaning="as uniform, with the first 6 protected", first=6 / 30),
     "last 4": Profile(meaning="as uniform, with the last 4 protected", last=4 / 30),
     "last 8": Profile(meaning="as uniform, with the last 8 protected", last=8 / 30),
-    "last 12": Profile(meaning="as uniform, with the last 12 protected", last=12 / 30),
-    "early more": Profile(
-        meaning="as uniform, but from 1.3 of the mean share at the start to 0.7 at the end", slope=-0.3
-    ),
-    "late more": Profile(meaning="as uniform, but from 0.7 to 1.3", slope=0.3),
-    "attention too": Profile(meaning="as uniform, and a fifth of that share of each attention module", attention=0.2),
 }
 LEVEL = 0.02
 """Differences of the mean below it count as none: one seed, and few tokens."""

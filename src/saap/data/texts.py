@@ -94,19 +94,19 @@ def read_documents(
     return documents
 
 
-def read_conversations(path: Path) -> tuple[list[dict[str, Any]], ...]:
-    """The `messages` of each line of a .jsonl file. Raises CalibrationError with file and line."""
+def read_conversations(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """By file and line, the `messages` of each line of a .jsonl file. Raises CalibrationError with file and line."""
     if not has_rows(path):
         raise CalibrationError(f"{path} is not a .jsonl file of conversations", "Give one with `messages` on each line")
-    found = []
+    found = {}
     for place, row in read_rows(path):
         messages = row.get("messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise CalibrationError(f"{place} has no list `messages` of objects", "Give each line one")
-        found.append(messages)
+        found[place] = messages
     if not found:
         raise CalibrationError(f"{path} has no conversations", "Give one on each line")
-    return tuple(found)
+    return found
 
 
 def has_rows(source: str | Path) -> bool:

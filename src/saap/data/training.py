@@ -151,7 +151,7 @@ def _pieces(place: str, row: dict[str, Any], tokenizer: Any) -> list[tuple[str, 
         if not given[0] or not all(isinstance(text, str) for text in given):
             raise TrainingDataError(
                 f"{place} has neither `messages` nor the strings `instruction` and `output`",
-                "Give each line of the file the same one of the known forms",
+                "Give all lines of the file one form: `text`, `messages`, or `instruction` and `output`",
             )
         instruction, more, output = given
         if not output:

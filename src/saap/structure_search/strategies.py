@@ -249,9 +249,9 @@ def default_ends(blocks: int) -> tuple[int, int]:
     return round(FIRST_SHARE * blocks), round(LAST_SHARE * blocks)
 
 
-def protected_layers(blocks: int, ends: tuple[int, int] | None = None) -> tuple[int, ...]:
-    """Layers at both ends that lose least: so many of the first and of the last, or the default."""
-    first, last = ends if ends is not None else default_ends(blocks)
+def protected_layers(blocks: int) -> tuple[int, ...]:
+    """Layers at both ends that lose nothing by default."""
+    first, last = default_ends(blocks)
     return tuple(layer for layer in range(blocks) if layer < first or layer >= blocks - last)
 
 

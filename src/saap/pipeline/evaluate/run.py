@@ -20,7 +20,7 @@ from saap.core.vocabulary import VocabularyMap
 from saap.data import texts
 from saap.data.samples import leading_ids, token_stream
 from saap.evaluation import generation
-from saap.evaluation.chat import chat_perplexity, check_conversations
+from saap.evaluation.chat import Conversations, chat_perplexity, check_conversations
 from saap.evaluation.perplexity import bits_per_byte, perplexity
 from saap.evaluation.speed import Source
 from saap.evaluation.zero_shot import check_tasks, evaluate_tasks
@@ -106,9 +106,7 @@ def _dense_model(
         return None
 
 
-def check_request(
-    request: EvalRequest, *, fetch: bool = True
-) -> tuple[Sequence[generation.Prompt], Sequence[Sequence[dict[str, Any]]]]:
+def check_request(request: EvalRequest, *, fetch: bool = True) -> tuple[Sequence[generation.Prompt], Conversations]:
     """Reject invalid requests without loading a model. Returns the requested prompts and conversations.
 
     fetch: whether the rows of tasks are fetched from the hub for it.
@@ -126,7 +124,7 @@ def check_request(
     for source in request.texts:
         if source != generation.BUNDLED:
             texts.check_source(source)
-    conversations = () if request.chat is None else texts.read_conversations(request.chat)
+    conversations = {} if request.chat is None else texts.read_conversations(request.chat)
     return () if request.prompts is None else generation.read_prompts(request.prompts), conversations
 
 
@@ -176,7 +174,7 @@ class _Evaluation:
     options: RunOptions
     reporter: Reporter
     streams: Mapping[str, IntArray]
-    conversations: Sequence[Sequence[dict[str, Any]]]
+    conversations: Conversations
     prompts: Sequence[generation.Prompt]
 
     def check_conversations(self, tokenizer: Any | None) -> None:
