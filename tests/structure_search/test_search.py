@@ -149,11 +149,12 @@ def test_adaptive_takes_from_attention_as_long_as_the_loss_falls() -> None:
 @pytest.mark.parametrize(
     ("gains", "kept"),
     [
-        ([-0.1, 0.3], False), ([0.2, 0.3], True), ([0.2], False), ([0.03, 0.02], True), ([-0.1, -0.1], False),
+        ([-0.1, 0.3], False), ([0.2, 0.3], True), ([0.1, 0.3], False), ([0.2], False), ([0.03, 0.02], True),
+        ([-0.1, -0.1], False),
         ([np.nan, 0.3], False), ([np.inf, 0.3], False),
     ],
 )  # fmt: skip
-def test_what_takes_from_attention_must_be_better_by_more_than_the_standard_error(
+def test_what_takes_from_attention_must_be_better_by_more_than_two_standard_errors(
     gains: list[float], kept: bool
 ) -> None:
     def evaluator(keep, dropped) -> np.ndarray:

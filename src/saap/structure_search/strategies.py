@@ -31,6 +31,11 @@ ATTENTION_SHARES = (0.5, 1.0)
 """Shares of attention modules, relative to an FFN's, that the search tries one after the other."""
 WAVES, WAVE_SCALE = 4, 0.3
 """Number of cosines whose sum bends the log shares of modules, and the spread of the random steps of amplitudes."""
+STANDARD_ERRORS = 2.0
+"""By how many of the mean difference a loss must be lower to count as clearly lower.
+
+Of a dozen equally good candidates, the best is usually ahead by more than one.
+"""
 LEAST_SHARE = 0.02
 """What a module that loses nothing counts as losing, so that bent shares can take something from it."""
 
@@ -146,14 +151,14 @@ class _Measured(NamedTuple):
         return float(self.losses.mean()) if np.isfinite(self.losses).all() else np.inf
 
     def is_clearly_better(self, other: "_Measured") -> bool:
-        """Whether its loss is lower by more than the standard error of the mean difference.
+        """Whether its loss is lower by more than STANDARD_ERRORS of the mean difference.
 
         One sample has no such error, so it decides nothing; losses that are not finite are worse than all others.
         """
         if np.inf in (self.loss, other.loss) or len(self.losses) < 2:
             return self.loss < np.inf == other.loss
         difference = other.losses - self.losses
-        return bool(difference.mean() > difference.std(ddof=1) / np.sqrt(len(difference)))
+        return bool(difference.mean() > STANDARD_ERRORS * difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
 class _Trail:
@@ -215,9 +220,9 @@ def adaptive(problem: SearchProblem) -> Proposal:
     First comes one ranking of all units by second-order cost, where that is known; then a uniform plan, FFN alone and
     both ends protected, from which attention's share grows; plans by the importance of modules and of units; and an
     evolution of the best of these, which bends how much is removed over the depth. One candidate replaces another only
-    if its loss is lower by more than the standard error of the difference, as in the one-standard-error rule of Breiman
-    et al. (1984): the fewer samples, the larger must a difference be. In the evolution the lower loss is enough, until
-    the best is compared with the first candidate.
+    if its loss is lower by more than two standard errors of the difference, after the rule of Breiman et al. (1984):
+    the fewer samples, the larger must a difference be. In the evolution the lower loss is enough, until the best is
+    compared with the first candidate.
     """
     starts, evaluator = _starts(problem), problem.guide.evaluator
     if evaluator is None or problem.guide.evaluations < 2:
