@@ -30,6 +30,11 @@ def digests(parts: Sequence[str]) -> dict[str, str]:
     return {part: _digest(place_of(part)) for part in parts}
 
 
+def code_name(parts: Sequence[str]) -> str:
+    """Short name of the parts as they are now, for a folder in which runs resume: rows of other code are not in it."""
+    return hashlib.sha256("".join(digests(parts).values()).encode()).hexdigest()[:8]
+
+
 def _digest(part: Path) -> str:
     if not part.exists():
         raise SystemExit(f"{part} does not exist: correct the parts of the experiments")

@@ -1,12 +1,11 @@
 """Our method and published ones on real models, at the same number of parameters: cut only and reconstructed."""
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from harness.charts import Line, lines
-from harness.digests import PRUNING, digests
+from harness.digests import PRUNING, code_name
 from harness.experiment import Cells, Figures, Measured, Names, Request, Values
 from harness.store import read_json
 from lab.commands import TEST, flags_from, in_own_process, run_here
@@ -90,7 +89,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
     Its finished rows stay in its folder, which is of the present code alone.
     """
-    code = hashlib.sha256(str(digests(DECIDED_BY)).encode()).hexdigest()[:8]
+    code = code_name(DECIDED_BY)
     for (model, state, seed), methods in missing(wanted).items():
         folder = request.work.resolve() / f"compare-{model}-{code}"
         source, flags = source_of(request, model), flags_from(request.settings)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.digests import PRUNING
+from harness.digests import PRUNING, code_name
 from harness.experiment import Cells, Measured, Names, Request, Values
 from harness.store import read_json
 from lab.commands import TEST, VALIDATION, compared, flags_from
@@ -35,8 +35,9 @@ def cells(request: Request) -> Names:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """One `saap compare`; finished rows stay in its folder."""
-    folder, tasks = request.work.resolve() / "zero-shot", Path(request.given["tasks"]).resolve()
+    """One `saap compare`; finished rows stay in its folder, which is of the present code alone."""
+    folder = request.work.resolve() / f"zero-shot-{code_name(DECIDED_BY)}"
+    tasks = Path(request.given["tasks"]).resolve()
     flags = [*flags_from(request.settings), "--task-data", tasks, "--rounded-tasks", "--pruning-ratio", RATIO]
     result = compared(request.model, {"both": METHODS}, *flags, out=folder)
     known = {HEAD: {name: result[name] for name in ("model", "settings", "versions")}, DENSE: packed(result["dense"])}
